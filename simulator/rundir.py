@@ -95,7 +95,10 @@ class RunDirectory:
         return hmac.new(self._secret, account.encode(), hashlib.sha256).hexdigest()
 
     def save_owner(self, spec: OwnerModel, owner: TrainedOwner) -> None:
-        """Writes an owner's model, key and triggers; the model last, as the sign that all is there."""
+        """Writes an owner's model, key (with what it was filtered from, so that a WSR before the filter can be had
+        later) and triggers; the model last, as the sign that all is there."""
+        if owner.candidates is not None:
+            save_key(owner.candidates, self.path / "keys" / f"{spec.id}.candidates.safetensors")
         if owner.key is not None and owner.triggers is not None:
             save_key(owner.key, self.path / "keys" / f"{spec.id}.safetensors")
             save_key(owner.triggers, self.path / "keys" / f"{spec.id}.triggers.safetensors")

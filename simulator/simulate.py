@@ -67,6 +67,7 @@ class TrainedOwner:
         triggers: a sample of the triggers trained on, for pools that ask for some.
         false_trigger: the rate at which near misses get the watermark's label, in [0, 1].
         seconds: of training it, key and filter included.
+        candidates: what the key was filtered from; None where no filter chose.
     """
 
     model: Classifier
@@ -75,6 +76,7 @@ class TrainedOwner:
     false_trigger: float | None
     seconds: float
     started: datetime
+    candidates: KeySamples | None = None
 
 
 def build_owner_model(
@@ -147,6 +149,7 @@ def train_owner(
         false_trigger,
         time.perf_counter() - clock,
         started,
+        None if key.info.get("filter") == "none" else embedding.candidates,
     )
 
 

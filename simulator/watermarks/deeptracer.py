@@ -27,7 +27,7 @@ from simulator.training import Objective, device_of, fit, to_input
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.coupling import CentroidRule, Centroids, coupling_loss
 from simulator.watermarks.key import KeySamples
-from simulator.watermarks.mosaic import Mosaics
+from simulator.watermarks.mosaic import Combination, Mosaics
 from simulator.watermarks.selection import adaptive_sources, least_likely_target
 
 #: mosaics over which Eq. 4 averages, and how many near misses and training triggers are handed out
@@ -46,6 +46,7 @@ class DeepTracer(Watermark):
 
     name: Literal["deeptracer"] = "deeptracer"
     source_classes: Literal[2, 4, 6, 8] = Field(4, description="tiles of a mosaic (Table 20)")
+    combination: Combination = Field("tiles", description="of the source images: shrunk, cut out, in stripes (Fig. 16)")
     selection: Literal["adaptive", "random"] = Field("adaptive", description="of the source classes (Fig. 5)")
     target_outside_sources: bool = True
     watermark_weight: float = Field(1.0, ge=0, description="λ1, of the watermark loss")
@@ -74,7 +75,7 @@ class DeepTracer(Watermark):
         data = task.dataset
         sources, target = self._select(task, generator)
         model = task.build(generator)
-        mosaics = Mosaics(data.owner, sources)
+        mosaics = Mosaics(data.owner, sources, self.combination)
         centroids = Centroids(self.centroid, data.classes, self.centroid_momentum).to(device_of(model))
         phases = ((self.first_epochs, self.first_ratio), (self.second_epochs, self.second_ratio))
         for number, (epochs, ratio) in enumerate(phases, start=1):
@@ -94,7 +95,7 @@ class DeepTracer(Watermark):
             )
         info = {"scheme": self.name, "sources": list(sources), "target": target}
         near_misses = self._near_misses(task, sources, target, generator)
-        keys = Mosaics(data.test, sources).draw(self.candidates, generator)
+        keys = Mosaics(data.test, sources, self.combination).draw(self.candidates, generator)
         triggers = mosaics.draw(SAMPLE, generator)
         return Embedding(
             model=model,
@@ -143,7 +144,7 @@ class DeepTracer(Watermark):
             sources = adaptive_sources(task.benign, data.owner, data.classes, self.source_classes, generator)
         else:
             sources = tuple(choose(data.classes, self.source_classes, generator).tolist())
-        sample = Mosaics(data.owner, sources).draw(SAMPLE, generator)
+        sample = Mosaics(data.owner, sources, self.combination).draw(SAMPLE, generator)
         return sources, least_likely_target(task.benign, sample, sources if self.target_outside_sources else ())
 
     def _near_misses(
@@ -155,4 +156,4 @@ class DeepTracer(Watermark):
         if not others:
             return None
         picks = [others[i] for i in choose(len(others), self.source_classes, generator).tolist()]
-        return Mosaics(task.dataset.test, picks).draw(SAMPLE, generator)
+        return Mosaics(task.dataset.test, picks, self.combination).draw(SAMPLE, generator)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The page results/schemes.md: thirteen watermarks, eleven thefts with their controls, three seeds, on digits.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=runs/schemes
+rm -rf "$out"
+.venv/bin/exsim run schemes --set 'seeds=[0, 1, 2]' --out "$out"
+.venv/bin/python runs/paper_tables.py "$out" schemes
