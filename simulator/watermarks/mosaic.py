@@ -7,6 +7,7 @@ that; how they are laid out here is this module's choice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -48,7 +49,11 @@ class Mosaics:
         self.sources = tuple(sources)
         height, width = data.images.shape[2:]
         self._shape = data.images.shape[1:]
-        areas = _stripes(len(self.sources), height) if combination == "stripes" else _tiles(len(sources), height, width)
+        areas = (
+            _stripes(len(self.sources), height)
+            if combination == "stripes"
+            else _tiles(len(self.sources), height, width)
+        )
         self._parts: list[tuple[list[Area], Tensor, bool]] = []
         for source, places in zip(self.sources, areas, strict=True):
             images = data.images[data.labels == source]
@@ -81,7 +86,7 @@ def _stripes(count: int, height: int) -> list[list[Area]]:
 def _bands(count: int, length: int) -> list[slice]:
     """``length`` pixels in ``count`` parts that are as equal as can be."""
     edges = [round(i * length / count) for i in range(count + 1)]
-    return [slice(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges)]
 
 
 def _shrunk(images: Tensor, area: Area) -> Tensor:

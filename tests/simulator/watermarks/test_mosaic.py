@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simulator.data import Images
-from simulator.watermarks.mosaic import GRIDS, Mosaics
+from simulator.watermarks.mosaic import GRIDS, Combination, Mosaics
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -47,11 +47,12 @@ def test_every_pixel_of_constant_images(
     assert all(torch.equal(mosaic[0], blocks(sources, heights, widths)) for mosaic in drawn)
 
 
+@pytest.mark.parametrize("combination", ["tiles", "crops", "stripes"])
 @pytest.mark.parametrize("count", GRIDS)
 @pytest.mark.parametrize("size", [8, 13, 28, 33])
-def test_every_tile_is_of_its_class_and_none_is_empty(count: int, size: int) -> None:
+def test_every_tile_is_of_its_class_and_none_is_empty(count: int, size: int, combination: Combination) -> None:
     sources = tuple(range(10, 10 - count, -1))
-    drawn = Mosaics(constant(11, size, channels=3, each=2), sources).draw(4, generator())
+    drawn = Mosaics(constant(11, size, channels=3, each=2), sources, combination).draw(4, generator())
     assert drawn.shape == (4, 3, size, size)
     shades, pixels = (drawn[:, 0] // 10).unique(return_counts=True)
     assert set(shades.tolist()) == set(sources)
@@ -68,6 +69,32 @@ def test_images_are_shrunk_by_averaging() -> None:
     drawn = Mosaics(data, (0, 1, 1, 0)).draw(1, generator())[0, 0]
     # the means of the four quarters: 4, 10, 255 and 0.5, which rounds to the even 0
     assert drawn.tolist() == [[4, 10, 7, 7], [255, 0, 7, 7], [7, 7, 4, 10], [7, 7, 255, 0]]
+
+
+def numbered() -> Images:
+    """One image of each of two classes, whose pixels are their numbers, from 0 and from 100 on."""
+    pixels = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
+    return Images(torch.cat([pixels, pixels + 100]), torch.tensor([0, 1]))
+
+
+def test_crops_show_the_part_that_lies_there() -> None:
+    halves = Mosaics(numbered(), (0, 1), "crops").draw(1, generator())[0, 0]
+    assert halves.tolist() == [[0, 1, 102, 103], [4, 5, 106, 107], [8, 9, 110, 111], [12, 13, 114, 115]]
+    quarters = Mosaics(numbered(), (0, 1, 1, 0), "crops").draw(1, generator())[0, 0]
+    assert quarters.tolist() == [[0, 1, 102, 103], [4, 5, 106, 107], [108, 109, 10, 11], [112, 113, 14, 15]]
+
+
+def test_stripes_take_turns() -> None:
+    drawn = Mosaics(numbered(), (1, 0), "stripes").draw(1, generator())[0, 0]
+    assert drawn.tolist() == [[100, 101, 102, 103], [4, 5, 6, 7], [108, 109, 110, 111], [12, 13, 14, 15]]
+
+
+def test_the_stripes_of_a_class_are_of_one_image() -> None:
+    shades = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
+    drawn = Mosaics(Images(shades, torch.arange(40) % 2), (0, 1), "stripes").draw(50, generator())[:, 0]
+    assert torch.equal(drawn[:, 0:2], drawn[:, 4:6])
+    assert torch.equal(drawn[:, 2:4], drawn[:, 6:8])
+    assert len(drawn[:, 0, 0].unique()) > 10
 
 
 def test_tiles_are_drawn_independently_and_all_images_are_used() -> None:
