@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from benchmarks import coupling, data_free, query_path
+from benchmarks import coupling, data_free, query_path, schemes
 from benchmarks.measure import Outcome, machine
 from simulator.component import one_of
 from simulator.training import use_one_thread
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[], Outcome]] = {
     "coupling": coupling.run,
     "query_path": query_path.run,
     "data_free": data_free.run,
+    "schemes": schemes.run,
 }
 
 

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks import coupling, query_path
+from benchmarks import coupling, query_path, schemes
 from benchmarks.__main__ import main
 from benchmarks.measure import Line, Outcome, Spread, Target, machine
 
@@ -40,6 +40,15 @@ def test_coupling() -> None:
 @pytest.mark.slow
 def test_query_path(ray_session: None) -> None:
     check(query_path.run(rounds=1, clients=2, batches=2, limit_batches=1), "in process, one thread", 4)
+
+
+def test_schemes() -> None:
+    small = ["dataset.owner=100", "dataset.attacker=20", "dataset.test=50", "training.epochs=1"]
+    outcome = schemes.run(rounds=2, overrides=[*small, "watermarks=[badnets, content, {name: content, width: 0.5}]"])
+    assert [line.name for line in outcome.lines] == [schemes.PLAIN, "badnets", "content 1", "content 2"]
+    assert [line.ratio is None for line in outcome.lines] == [True, False, False, False]
+    assert all(line.figure.median > 0 for line in outcome.lines)
+    assert "content 2" in shown(outcome)
 
 
 def test_a_target_is_compared_with_the_median_ratio() -> None:

@@ -139,6 +139,19 @@ def test_no_key_sample_was_trained_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_pool_of_a_thief_holds_a_key_sample(name: str) -> None:
+    found = embedding(name)
+    keys = pixels(found.candidates.images)
+    assert keys.isdisjoint(pixels(digits().attacker.images))
+    # relabelled images of the owner's are what these schemes are; a thief who has the owner's data has them, too
+    shared = keys & pixels(digits().owner.images)
+    assert bool(shared) == ("owner_rows" in found.info)
+    if shared:
+        rows = torch.tensor(found.info["owner_rows"])
+        assert shared == keys == pixels(digits().owner.images[rows])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_all_images_are_of_the_task(name: str) -> None:
     found = embedding(name)
     sets = [(found.candidates.images, found.candidates.labels), (found.triggers, found.trigger_labels)]
