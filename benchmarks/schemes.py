@@ -96,4 +96,5 @@ def _name(victim: OwnerModel, every: Sequence[OwnerModel]) -> str:
 if __name__ == "__main__":
     console = Console()
     console.print(machine(), highlight=False)
-    console.print(run(*sys.argv[1:2], rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 3).table())
+    preset, rounds = [*sys.argv[1:], "schemes", "3"][:2] if len(sys.argv) != 2 else [sys.argv[1], "3"]
+    console.print(run(preset, int(rounds)).table())

@@ -159,12 +159,8 @@ class Tables:
         body = []
         for scheme in self.schemes:
             benign, victim = self._of(scheme, "benign"), self._of(scheme, "victim")
-            seeds = {each.row.seed: each.row.accuracy for each in benign}
-            drops = [
-                each.row.accuracy - seeds[each.row.seed]
-                for each in victim
-                if each.row.accuracy is not None and seeds.get(each.row.seed) is not None
-            ]
+            seeds = {each.row.seed: each.row.accuracy or 0.0 for each in benign}
+            drops = [(each.row.accuracy or 0.0) - seeds[each.row.seed] for each in victim if each.row.seed in seeds]
             paper = TABLE_1.get(self._names[scheme])
             body.append(
                 [

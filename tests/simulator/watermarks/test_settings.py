@@ -82,7 +82,12 @@ def test_the_filter_serves_every_scheme_of_the_page(stages: str, monkeypatch: py
     assert {"content", "composite", "mea_defender"} <= set(names)  # those of Table 22
     built: list[str] = []
     build = simulate.build_surrogate
-    monkeypatch.setattr(simulate, "build_surrogate", lambda name, *rest: built.append(name) or build("lenet5", *rest))
+
+    def spy(name: str, *rest: Any) -> Classifier:
+        built.append(name)
+        return build("lenet5", *rest)
+
+    monkeypatch.setattr(simulate, "build_surrogate", spy)
     spec = make_plan(config).victims[0]
     key = embed(spec).key
     assert key is not None
