@@ -9,7 +9,6 @@ shown: the WSR before the filter is measured here, on the candidates and the mod
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,8 @@ from simulator.verification import Verification, verify
 from simulator.watermarks.key import load_key
 
 NONE = "–"
+#: what stands in a heading only where the rows of an attack differ in it
+VARIED = ("pool", "architecture", "budget")
 #: whose WSR the paper states after the filter; all others' before it
 FILTERED = ("deeptracer",)
 
@@ -116,39 +117,40 @@ class Tables:
     """The tables of one run's measured rows."""
 
     def __init__(self, measured: Sequence[Measured]) -> None:
-        self._all = measured
-        self._labels = Labels(lines(each.row for each in measured))
-        self.schemes = list(dict.fromkeys(self._scheme(each.row) for each in measured))
-        thefts = [each.row for each in measured if each.row.role == "stolen" and not is_control(each.row)]
-        self.columns = list(dict.fromkeys(self._column(row) for row in thefts))
-        self._names = {self._scheme(each.row): each.row.watermark for each in measured}
-        self._attacks = {self._column(row): (row.attack or "", row.labels or "") for row in thefts}
+        self.measured = measured
+        self._labels = labels = Labels(lines(each.row for each in measured))
+        self._scheme = {each.row.identity: labels.watermark(each.row) for each in measured}
+        self._names = {self._scheme[each.row.identity]: each.row.watermark for each in measured}
+        self.schemes = list(self._names)
+        stolen = [each.row for each in measured if each.row.role == "stolen"]
+        self._column = dict(zip((row.identity for row in stolen), self._headings(stolen), strict=True))
+        thefts = {self._column[row.identity]: row for row in stolen if not is_control(row)}
+        self.columns = list(thefts)
+        self._attacks = {column: (row.attack or "", row.labels or "") for column, row in thefts.items()}
 
-    def _scheme(self, row: Row) -> str:
-        return self._labels.watermark(row)
-
-    def _column(self, row: Row) -> str:
-        """An attack's name, its answers, and what else this attack's rows differ in."""
-        alike = [
-            each.row for each in self._all if each.row.role == "stolen" and self._attack(each.row) == self._attack(row)
+    def _headings(self, stolen: Sequence[Row]) -> list[str]:
+        """Of each row its attack's name, its answers, and what else the rows of this attack differ in."""
+        names = [self._labels.attack(row).removeprefix("control: ") for row in stolen]
+        seen: dict[tuple[str, str], set[object]] = {}
+        for name, row in zip(names, stolen, strict=True):
+            for field in VARIED:
+                seen.setdefault((name, field), set()).add(getattr(row, field))
+        return [
+            " ".join([name, *(str(getattr(row, f)) for f in VARIED if len(seen[name, f]) > 1), row.labels or ""])
+            for name, row in zip(names, stolen, strict=True)
         ]
-        varied = [
-            str(getattr(row, field))
-            for field in ("pool", "architecture", "budget")
-            if len({getattr(other, field) for other in alike}) > 1
-        ]
-        return " ".join([self._attack(row), *varied, row.labels or ""])
 
-    def _attack(self, row: Row) -> str:
-        return self._labels.attack(row).removeprefix("control: ")
+    def settings(self) -> dict[str, str]:
+        """Of each scheme its settings in JSON."""
+        return {self._scheme[each.row.identity]: each.row.watermark_params for each in self.measured}
 
     def _of(self, scheme: str, role: str, column: str | None = None, control: bool = False) -> list[Measured]:
         return [
             each
-            for each in self._all
+            for each in self.measured
             if each.row.role == role
-            and self._scheme(each.row) == scheme
-            and (column is None or self._column(each.row) == column)
+            and self._scheme[each.row.identity] == scheme
+            and (column is None or self._column[each.row.identity] == column)
             and is_control(each.row) == control
         ]
 
@@ -228,9 +230,6 @@ def page(run_dir: Path, name: str) -> str:
     command = shlex.join(["exsim", *info.argv[1:]])
     commit = (info.git_commit or "unknown")[:12] + (" with changes" if info.git_dirty else "")
     failed = [row for row in read_rows(run_dir) if row.status == "failed"]
-    settings = {
-        f"`{tables._scheme(each.row)}`": each.row.watermark_params for each in tables._all if each.row.role == "victim"
-    }
     parts = [
         f"# {name}",
         f"`{command}`",
@@ -252,14 +251,14 @@ def page(run_dir: Path, name: str) -> str:
         "## The same, every scheme after the filter (Table 22's question)",
         tables.stolen(lambda each: each.row.wsr, paper=False),
     ]
-    if any(is_control(each.row) for each in tables._all):
+    if any(is_control(each.row) for each in tables.measured):
         parts += [
             "## Controls: the same thefts from a benign model, every key after the filter",
             tables.stolen(lambda each: each.row.wsr, paper=False, control=True),
             "## Controls before the filter",
             tables.stolen(lambda each: each.unfiltered, paper=False, control=True),
         ]
-    parts += ["## Settings", "\n".join(f"- {scheme}: `{json.loads(text)}`" for scheme, text in settings.items())]
+    parts += ["## Settings", "\n".join(f"- {scheme}: `{text}`" for scheme, text in tables.settings().items())]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
