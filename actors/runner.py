@@ -17,15 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray import ObjectRef, serve
+from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 
-from actors.board import BoardActor
-from actors.cluster import Layout, here
-from actors.ledger import LedgerActor
-from actors.stores import KeeperActor, ShelfActor
-from actors.victim import deploy
-from actors.workers import AttackerActor, CollectorActor, TrainerActor
+from actors.cluster import Layout
+from actors.crew import Crew
 from simulator.config import RunConfig
 from simulator.display import Display, Task
 from simulator.errors import one_line
@@ -94,25 +90,12 @@ class RayRun:
         self._labels |= {scenario.id: scenario.label for scenario in plan.scenarios}
         self._accounts = {scenario.id: tuple(scenario.accounts) for scenario in plan.scenarios}
         self._budgets = {scenario.id: scenario.budget for scenario in plan.scenarios}
-        self._app = f"exsim-{directory.path.name}-{time.time_ns()}"
         self._refreshed = 0.0
         self._notices: dict[str, tuple[str, int, int]] = {}
         self._spent: dict[str, int] = {}
         self._open_accounts()
-        pinned = {"scheduling_strategy": here()}
-        # Ray types an actor's handle as its class, whose methods have no .remote: the handles are Any
-        self._ledger: Any = LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger)
-        self._board: Any = BoardActor.remote()
-        self._shelf: Any = ShelfActor.options(**pinned).remote(str(directory.path))
-        self._keeper: Any = KeeperActor.options(**pinned).remote(str(directory.path))
-        # by way of the disk: an actor with arguments in the object store cannot be started again for certain
-        directory.save_test(world.dataset.test)
-        self._collector: Any = CollectorActor.options(**layout.collector.options(), **pinned).remote(
-            str(directory.path), config, world.dataset.name
-        )
-        self._workers: list[Any] = []
-        self._world, self._world_for_attackers = ray.put(world), ray.put(world.for_attackers())
-        self._handle: Any = None
+        self._crew = Crew.start(config, world, directory, layout)
+        self._ledger, self._board, self._collector = self._crew.ledger, self._crew.board, self._crew.collector
         self._trainers: deque[Any] = deque(self._new_trainer() for _ in range(layout.trainers))
         self._attackers: deque[Any] = deque()
         self._untrained = deque(plan.benigns)
@@ -133,9 +116,8 @@ class RayRun:
         """
         try:
             self._start_trainings()
-            layout = self._layout
-            self._handle = deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas)
-            self._attackers.extend(self._new_attacker() for _ in range(layout.attackers))
+            self._crew.serve()
+            self._attackers.extend(self._new_attacker() for _ in range(self._layout.attackers))
             self._start_thefts()
             while self._jobs:
                 ready, _ = ray.wait(list(self._jobs), timeout=POLL)
@@ -143,9 +125,7 @@ class RayRun:
                     self._finish(ref)
                 self._refresh()
         finally:
-            serve.delete(self._app, _blocking=False)
-            for actor in (*self._workers, self._collector, self._keeper, self._shelf, self._board, self._ledger):
-                ray.kill(actor)  # the cluster and this process may go on
+            self._crew.dismiss()
         self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 
@@ -172,16 +152,10 @@ class RayRun:
         job.done(value)
 
     def _new_trainer(self) -> Any:
-        share = self._layout.trainer
-        options = TrainerActor.options(**share.options())
-        self._workers.append(options.remote(self._world, self._board, self._keeper, share))
-        return self._workers[-1]
+        return self._crew.new_trainer()
 
     def _new_attacker(self) -> Any:
-        share = self._layout.attacker
-        options = AttackerActor.options(**share.options())
-        self._workers.append(options.remote(self._world_for_attackers, self._handle, self._board, self._keeper, share))
-        return self._workers[-1]
+        return self._crew.new_attacker()
 
     # -- the owner's side ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from simulator.models import from_bytes, to_bytes
 from simulator.plan import OwnerModel, Scenario
 from simulator.results import Row
 from simulator.rundir import RunDirectory
-from simulator.simulate import Theft, TrainedOwner, World, run_scenario, train_owner
+from simulator.simulate import HalfTrained, Theft, TrainedOwner, World, run_scenario, train_owner, train_phase
 from simulator.training import use_one_thread
 from simulator.watermarks.key import KeySamples
 
@@ -52,6 +52,13 @@ class Trainer:
         owner = train_owner(spec, self._world, start, self._device, progress, checkpoint)
         owner.model.cpu()
         return _parts(owner)
+
+    def train_phase(self, spec: OwnerModel, benign: bytes, phase: str) -> HalfTrained:
+        """See :func:`simulator.simulate.train_phase`; :meth:`train` goes on from there, in any trainer."""
+        progress, checkpoint = Posting(self._board, spec.id), kept(self._keeper, spec.id)
+        found = train_phase(spec, self._world, from_bytes(benign), phase, self._device, progress, checkpoint)
+        checkpoint.load()  # comes after the last write, which nobody waited for
+        return found
 
 
 class Attacker:

@@ -255,9 +255,9 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def presets() -> dict[str, str]:
-    """The shipped presets: name and first comment line."""
-    folder = files("simulator") / "presets"
+def presets(package: str = "simulator") -> dict[str, str]:
+    """The presets that a package ships: name and first comment line."""
+    folder = files(package) / "presets"
     texts = {item.name[:-5]: item.read_text() for item in folder.iterdir() if item.name.endswith(".yaml")}
     return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(texts.items())}
 
@@ -268,9 +268,21 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: no such preset or file, not YAML, or a wrong key or value.
     """
-    known, path, source = presets(), source, _line(source)
+    data = read_settings(source)
+    for override in overrides:
+        apply_override(data, override)
+    return check_config(data, _line(source))
+
+
+def read_settings(source: str, package: str = "simulator") -> dict[str, Any]:
+    """The plain data of a YAML file, or of a preset that the package ships.
+
+    Raises:
+        InputError: no such preset or file, or it is no YAML mapping.
+    """
+    known, path, source = presets(package), source, _line(source)
     if source in known:
-        text = (files("simulator") / "presets" / f"{source}.yaml").read_text()
+        text = (files(package) / "presets" / f"{source}.yaml").read_text()
     elif _is_file(path):
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -283,9 +295,7 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     data = _parse(text, source)
     if not isinstance(data, dict):
         raise InputError(f"{source}: a configuration is a mapping of settings, found {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override)
-    return check_config(data, source)
+    return data
 
 
 def check_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
@@ -323,36 +333,48 @@ def _parse(text: str, source: str) -> Any:
         raise InputError(f"{source}: not YAML: {_line(str(error))}") from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Sets one dotted path of nested mappings and lists, e.g. ``watermarks.0.margin=2``."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one dotted path of nested mappings and lists, e.g. ``watermarks.0.margin=2``.
+
+    Raises:
+        InputError: not of this form, or no such place.
+    """
     path, equals, text = override.partition("=")
     override = _line(override)
     if not equals or not path:
         raise InputError(f"--set {override}: wanted key=value, as in --set watermarks.0.margin=2")
-    value = _parse(text, f"--set {override}")
+    set_path(data, path, _parse(text, f"--set {override}"), f"--set {override}")
+
+
+def set_path(data: dict[str, Any], path: str, value: Any, what: str) -> None:
+    """Sets the value at a dotted path; ``what`` begins the error where there is no such place.
+
+    Raises:
+        InputError: the path leads through something that is no mapping or list, or past the end of a list.
+    """
     place: Any = data
     *parents, last = path.split(".")
     for part in parents:
         if isinstance(place, list):
-            place = place[_position(place, part, override)]
+            place = place[_position(place, part, what)]
         elif isinstance(place, dict):
             # a component or a data set may be written as its bare name
             if isinstance(place.get(part), str):
                 place[part] = {"name": place[part]}
             place = place.setdefault(part, {})
         else:
-            raise InputError(f"--set {override}: {part!r} is not inside a mapping or a list")
+            raise InputError(f"{what}: {part!r} is not inside a mapping or a list")
         if isinstance(place, str):
-            raise InputError(f"--set {override}: {part!r} is a plain value; write it as a mapping with 'name' first")
+            raise InputError(f"{what}: {part!r} is a plain value; write it as a mapping with 'name' first")
     if isinstance(place, list):
-        place[_position(place, last, override)] = value
+        place[_position(place, last, what)] = value
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise InputError(f"--set {override}: {last!r} is not inside a mapping or a list")
+        raise InputError(f"{what}: {last!r} is not inside a mapping or a list")
 
 
-def _position(place: list[Any], part: str, override: str) -> int:
+def _position(place: list[Any], part: str, what: str) -> int:
     if not part.isdecimal() or len(part) > 9 or int(part) >= len(place):
-        raise InputError(f"--set {override}: {part!r} is not a position in a list of {len(place)} (counted from 0)")
+        raise InputError(f"{what}: {part!r} is not a position in a list of {len(place)} (counted from 0)")
     return int(part)

@@ -32,6 +32,13 @@ def draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator))
 
 
+def fork(generator: torch.Generator) -> torch.Generator:
+    """A generator that draws what this one would draw next, and leaves it as it is."""
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    return twin
+
+
 def choose(count: int, size: int, generator: torch.Generator) -> Tensor:
     """``size`` of ``range(count)``, int64: without replacement while they last, then again from the start."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // max(count, 1)))]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -18,6 +19,7 @@ from torch import nn
 from simulator.attacks.base import NO_SNAPSHOTS, Snapshots
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
 from simulator.data import Dataset, Images
+from simulator.metrics import accuracy
 from simulator.models import Classifier, build, from_bytes, to_bytes
 from simulator.oracle import AllowanceOracle, ModelOracle, Oracle, ServiceOracle, SharedOracle, Transport
 from simulator.plan import OwnerModel, Scenario
@@ -25,7 +27,7 @@ from simulator.pools import Pool, PoolSpec, build_pool
 from simulator.progress import Progress, prefixed, silent
 from simulator.seeding import generator_for
 from simulator.training import fit, predict_labels
-from simulator.watermarks.base import Embedding, OwnerTask
+from simulator.watermarks.base import Embedding, OwnerTask, PhaseListener, unheard
 from simulator.watermarks.key import KeySamples
 
 
@@ -115,9 +117,9 @@ def train_owner(
 ) -> TrainedOwner:
     """Trains the benign model, or (given the benign one) a marked victim with its key."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    generator = generator_for("owner", spec.training_id)
     dataset = world.dataset
     if spec.watermark is None:
+        generator = generator_for("owner", spec.training_id)
         model = build_owner_model(spec, dataset, device, generator)
         fit(
             model,
@@ -130,15 +132,7 @@ def train_owner(
         )
         return TrainedOwner(model, None, None, None, time.perf_counter() - clock, started)
     assert benign is not None
-    benign.to(device)
-    task = OwnerTask(
-        dataset,
-        spec.training,
-        benign,
-        lambda drawn: build_owner_model(spec, dataset, device, drawn),
-        checkpoint,
-    )
-    embedding = spec.watermark.embed(task, generator=generator, progress=progress)
+    embedding = _embed(spec, world, benign, device, progress, checkpoint)
     false_trigger = _false_trigger(embedding)
     info = {"victim": spec.id, "dataset": dataset.name, "false_trigger": false_trigger}
     key = _filtered(spec, world, embedding, benign, device, progress)
@@ -151,6 +145,70 @@ def train_owner(
         started,
         None if key.info.get("filter") == "none" else embedding.candidates,
     )
+
+
+@dataclass(frozen=True)
+class HalfTrained:
+    """A marked victim between two phases of its training: accuracy and WSR on key candidates, rates in [0, 1]."""
+
+    accuracy: float
+    wsr: float
+    seconds: float
+
+
+class _PhaseOver(Exception):
+    """Ends a training where it has been measured."""
+
+
+def train_phase(
+    spec: OwnerModel,
+    world: World,
+    benign: Classifier,
+    phase: str,
+    device: torch.device,
+    progress: Progress = silent,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
+) -> HalfTrained:
+    """Trains a marked victim to the end of one of its scheme's :meth:`~Watermark.phases` and measures it.
+
+    :func:`train_owner` with the same checkpoint goes on from there, to the same model as if it had not been interrupted.
+    """
+    clock, test = time.perf_counter(), world.dataset.test
+    found: list[float] = []
+
+    def listen(name: str, model: Classifier, probe: Callable[[], KeySamples]) -> None:
+        if name == phase:
+            key = probe()
+            found.append(accuracy(predict_labels(model, test.images), test.labels))
+            found.append(accuracy(predict_labels(model, key.images), key.labels))
+            raise _PhaseOver
+
+    with suppress(_PhaseOver):
+        _embed(spec, world, benign, device, progress, checkpoint, listen)
+    return HalfTrained(*found, time.perf_counter() - clock)
+
+
+def _embed(
+    spec: OwnerModel,
+    world: World,
+    benign: Classifier,
+    device: torch.device,
+    progress: Progress,
+    checkpoint: Checkpoint,
+    on_phase: PhaseListener = unheard,
+) -> Embedding:
+    """The marked victim and its key candidates."""
+    assert spec.watermark is not None
+    benign.to(device)
+    task = OwnerTask(
+        world.dataset,
+        spec.training,
+        benign,
+        lambda drawn: build_owner_model(spec, world.dataset, device, drawn),
+        checkpoint,
+        on_phase,
+    )
+    return spec.watermark.embed(task, generator=generator_for("owner", spec.training_id), progress=progress)
 
 
 def _false_trigger(embedding: Embedding) -> float | None:

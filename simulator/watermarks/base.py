@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,17 @@ from simulator.training import Recipe
 from simulator.watermarks.key import KeySamples
 
 
+class PhaseListener(Protocol):
+    """Told of the victim between two phases of its training. It may raise to interrupt the training there."""
+
+    def __call__(self, phase: str, model: Classifier, probe: Callable[[], KeySamples]) -> None:
+        """``phase`` is over; ``probe()`` draws key candidates with which the model can be measured as it stands."""
+
+
+def unheard(phase: str, model: Classifier, probe: Callable[[], KeySamples]) -> None:
+    """The listener that ignores everything."""
+
+
 @dataclass(frozen=True)
 class OwnerTask:
     """What a scheme works with: the owner's data, recipe, and a benign model trained by the same recipe.
@@ -29,6 +40,7 @@ class OwnerTask:
         benign: the same task without a watermark.
         build: a fresh, untrained model of the victim's architecture on the right device.
         checkpoint: where long training keeps its state; hand it to :func:`simulator.training.fit`.
+        on_phase: told at the end of every phase that :meth:`Watermark.phases` names.
     """
 
     dataset: Dataset
@@ -36,6 +48,7 @@ class OwnerTask:
     benign: Classifier
     build: Callable[[torch.Generator], Classifier]
     checkpoint: Checkpoint = NO_CHECKPOINT
+    on_phase: PhaseListener = unheard
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,11 @@ class Watermark(Component):
         Raises:
             InputError: naming the setting and what the data set has.
         """
+
+    def phases(self) -> tuple[str, ...]:
+        """The phases of the training, but the last, at whose end ``task.on_phase`` is told: where a sweep can judge a
+        victim that is not finished yet. None for a scheme that does not say."""
+        return ()
 
     @abstractmethod
     def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from simulator.data import Dataset
 from simulator.errors import InputError
 from simulator.progress import Progress, silent
-from simulator.seeding import choose
+from simulator.seeding import choose, fork
 from simulator.training import Objective, device_of, fit, to_input
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.coupling import CentroidRule, Centroids, coupling_loss
@@ -70,6 +70,10 @@ class DeepTracer(Watermark):
                 f"{dataset.name}{' (one more is needed as the target)' if self.target_outside_sources else ''}"
             )
 
+    def phases(self) -> tuple[str, ...]:
+        """See :meth:`Watermark.phases`."""
+        return ("phase 1",) if self.first_epochs else ()
+
     def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses are mosaics of test images."""
         data = task.dataset
@@ -93,19 +97,28 @@ class DeepTracer(Watermark):
                 checkpoint=task.checkpoint,
                 companions={"centroids": centroids},
             )
-        info = {"scheme": self.name, "sources": list(sources), "target": target}
+            if f"phase {number}" in self.phases():
+                task.on_phase(f"phase {number}", model, lambda: self._keys(task, sources, target, fork(generator)))
         near_misses = self._near_misses(task, sources, target, generator)
-        keys = Mosaics(data.test, sources, self.combination).draw(self.candidates, generator)
+        candidates = self._keys(task, sources, target, generator)
         triggers = mosaics.draw(SAMPLE, generator)
         return Embedding(
             model=model,
-            candidates=KeySamples(keys, torch.full((len(keys),), target), data.classes, info),
+            candidates=candidates,
             triggers=triggers,
             trigger_labels=torch.full((len(triggers),), target),
             near_misses=near_misses,
             near_miss_labels=None if near_misses is None else torch.full((len(near_misses),), target),
-            info=info,
+            info=candidates.info,
         )
+
+    def _keys(
+        self, task: OwnerTask, sources: tuple[int, ...], target: int, generator: torch.Generator
+    ) -> KeySamples:
+        """Mosaics of test images with the target label."""
+        images = Mosaics(task.dataset.test, sources, self.combination).draw(self.candidates, generator)
+        info = {"scheme": self.name, "sources": list(sources), "target": target}
+        return KeySamples(images, torch.full((len(images),), target), task.dataset.classes, info)
 
     def objective(
         self, mosaics: Mosaics, target: int, ratio: float, centroids: Centroids, generator: torch.Generator

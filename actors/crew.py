@@ -1,0 +1,87 @@
+"""The long-lived actors of a run or a sweep: ledger, board, shelf, keeper, collector, the service, and the workers.
+
+Nobody here decides what is done when; that is the runner's, or the sweep's. A crew travels to another actor as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import serve
+
+from actors.board import BoardActor
+from actors.cluster import Layout, here
+from actors.ledger import LedgerActor
+from actors.stores import KeeperActor, ShelfActor
+from actors.victim import deploy
+from actors.workers import AttackerActor, CollectorActor, TrainerActor
+from simulator.config import RunConfig
+from simulator.rundir import RunDirectory
+from simulator.simulate import World
+
+
+@dataclass
+class Crew:
+    """Handles of the actors. (Ray types a handle as its actor's class, whose methods have no ``.remote``: all are Any.)
+
+    Attributes:
+        worlds: references to the world of trainers and of attackers.
+        service: the handle of the victims' service, once :meth:`serve` was called.
+        workers: every trainer and attacker that this copy of the crew has started.
+    """
+
+    layout: Layout
+    app: str
+    ledger: Any
+    board: Any
+    shelf: Any
+    keeper: Any
+    collector: Any
+    worlds: tuple[Any, Any]
+    service: Any = None
+    workers: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, config: RunConfig, world: World, directory: RunDirectory, layout: Layout) -> Crew:
+        """Starts all but the workers and the service; what reads or writes the directory, on this node."""
+        path, pinned = str(directory.path), {"scheduling_strategy": here()}
+        # by way of the disk: an actor with arguments in the object store cannot be started again for certain
+        directory.save_test(world.dataset.test)
+        collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
+        return cls(
+            layout,
+            f"exsim-{directory.path.name}-{time.time_ns()}",
+            ledger=LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger),
+            board=BoardActor.remote(),
+            shelf=ShelfActor.options(**pinned).remote(path),
+            keeper=KeeperActor.options(**pinned).remote(path),
+            collector=collector.remote(path, config, world.dataset.name),
+            worlds=(ray.put(world), ray.put(world.for_attackers())),
+        )
+
+    def serve(self) -> None:
+        """Starts the victims' service; returns when it answers."""
+        self.service = deploy(self.app, self.ledger, self.shelf, self.layout.victim, self.layout.replicas)
+
+    def new_trainer(self) -> Any:
+        """Starts another trainer."""
+        share = self.layout.trainer
+        actor: Any = TrainerActor.options(**share.options())
+        self.workers.append(actor.remote(self.worlds[0], self.board, self.keeper, share))
+        return self.workers[-1]
+
+    def new_attacker(self) -> Any:
+        """Starts another attacker; the service must be there."""
+        share = self.layout.attacker
+        actor: Any = AttackerActor.options(**share.options())
+        self.workers.append(actor.remote(self.worlds[1], self.service, self.board, self.keeper, share))
+        return self.workers[-1]
+
+    def dismiss(self) -> None:
+        """Ends the service and every actor: the cluster and this process may go on."""
+        serve.delete(self.app, _blocking=False)
+        for actor in (*self.workers, self.collector, self.keeper, self.shelf, self.board, self.ledger):
+            ray.kill(actor)
