@@ -16,6 +16,9 @@ from simulator.ledger import Grant, Refused, Request
 
 Item = TypeVar("Item")
 
+#: items that wait for the worker while no more grants are asked for: enough for it not to run dry meanwhile
+LOW = 2
+
 
 class FairQueue(Generic[Item]):
     """A queue between threads from which every account is served at the same pace while it has something waiting.
@@ -64,6 +67,7 @@ class Worker:
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._queue: FairQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = FairQueue()
         self._prepare = prepare
+        self._low = asyncio.Event()
         threading.Thread(target=self._work, name="answers", daemon=True).start()
 
     async def run(self, account: str, cost: float, work: Callable[[], Item]) -> Item:
@@ -71,7 +75,17 @@ class Worker:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()
         self._queue.put(account, cost, (work, loop, future))
-        return await future
+        try:
+            return await future
+        finally:
+            if len(self._queue) <= LOW:
+                self._low.set()
+
+    async def low(self) -> None:
+        """Waits until few items wait."""
+        while len(self._queue) > LOW:
+            self._low.clear()
+            await self._low.wait()
 
     def _work(self) -> None:
         self._prepare()
@@ -102,14 +116,23 @@ Replies = list[Grant | Refused]
 
 
 class Teller:
-    """Asks the ledger about many messages at once: what comes while it is at work is gathered for the next call.
+    """Asks the ledger about many messages at once.
+
+    What comes while the ledger is at work, or while the worker has enough to do, is gathered for the next call: a call
+    costs the replica and the ledger more than all else about a grant, and so little is paid for that is not soon
+    answered.
 
     Args:
         ask: sends requests to the ledger and awaits its replies.
+        wanted: waits until more grants are wanted.
     """
 
-    def __init__(self, ask: Callable[[Sequence[Request]], Awaitable[Replies]]) -> None:
-        self._ask = ask
+    def __init__(
+        self,
+        ask: Callable[[Sequence[Request]], Awaitable[Replies]],
+        wanted: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._ask, self._wanted = ask, wanted
         self._waiting: list[tuple[Sequence[Request], asyncio.Future[Replies]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -123,6 +146,7 @@ class Teller:
 
     async def _run(self) -> None:
         while self._waiting:
+            await self._wanted()
             group, self._waiting = self._waiting, []
             try:
                 replies = iter(await self._ask([request for requests, _ in group for request in requests]))

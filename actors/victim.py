@@ -70,8 +70,8 @@ class Victim:
         self._ledger, self._shelf = ledger, shelf
         self._service = VictimService(settle(placement), precision)
         self._terms: dict[str, Terms] = {}
-        self._teller = Teller(lambda requests: ledger.reserve_all.remote(list(requests)))
         self._worker = Worker(lambda: torch.set_num_threads(1))
+        self._teller = Teller(lambda requests: ledger.reserve_all.remote(list(requests)), self._worker.low)
         self._present: Counter[tuple[str, str]] = Counter()
 
     async def answer(self, queries: Sequence[Query]) -> list[Answer]:

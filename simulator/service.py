@@ -85,9 +85,7 @@ class VictimService:
         half: the 16-bit type that ``half`` stands for, in place of what the device suggests (for tests on a CPU).
     """
 
-    def __init__(
-        self, device: torch.device, precision: Precision = "full", half: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, precision: Precision = "full", half: torch.dtype | None = None) -> None:
         self._device = device
         self._half = None if precision == "full" else half or (torch.float16 if device.type == "cuda" else None)
         self._models: dict[str, Classifier] = {}

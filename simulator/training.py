@@ -272,7 +272,7 @@ def predict_logits(model: nn.Module, images: Tensor, batch: int = PREDICT_BATCH)
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, batch: int = PREDICT_BATCH) -> Tensor:
     """Probability rows ``(N, K)`` float32 on the CPU, in evaluation mode."""
-    return _batched(model, lambda inputs: model(inputs).softmax(1), images, batch)
+    return _batched(model, lambda inputs: model(inputs).float().softmax(1), images, batch)
 
 
 @torch.inference_mode()
