@@ -20,6 +20,7 @@ from actors.victim import deploy
 from actors.workers import AttackerActor, CollectorActor, TrainerActor
 from simulator.config import RunConfig
 from simulator.rundir import RunDirectory
+from simulator.service import Precision
 from simulator.simulate import World
 
 
@@ -34,6 +35,7 @@ class Crew:
     """
 
     layout: Layout
+    precision: Precision
     app: str
     ledger: Any
     board: Any
@@ -53,6 +55,7 @@ class Crew:
         collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
         return cls(
             layout,
+            config.resources.precision,
             f"exsim-{directory.path.name}-{time.time_ns()}",
             ledger=LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger),
             board=BoardActor.remote(),
@@ -64,7 +67,8 @@ class Crew:
 
     def serve(self) -> None:
         """Starts the victims' service; returns when it answers."""
-        self.service = deploy(self.app, self.ledger, self.shelf, self.layout.victim, self.layout.replicas)
+        layout = self.layout
+        self.service = deploy(self.app, self.ledger, self.shelf, layout.victim, layout.replicas, self.precision)
 
     def new_trainer(self) -> Any:
         """Starts another trainer."""

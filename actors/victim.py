@@ -6,17 +6,22 @@ again under its key, at no charge, by :class:`ServeTransport`.
 
 Several queries of a client travel in one message, because a message costs the replica and the client more time than all
 else but the model itself. Each is still checked, charged, answered or refused by itself.
+
+The replica computes in a thread of its own, where accounts take turns, while its event loop decodes and checks the next
+messages and has the ledger charge them, all that wait in one call. An account has a bounded number of messages at a
+replica: what comes beyond is sent away, unpaid, and comes again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ray import serve
 from ray.actor import ActorHandle
@@ -25,14 +30,18 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.devices import Placement, settle
+from actors.turns import Teller, Worker
 from simulator.errors import InputError
-from simulator.ledger import Request, Terms
+from simulator.ledger import Grant, Request, Terms
 from simulator.models import from_bytes
-from simulator.oracle import MAX_BYTES
-from simulator.service import MalformedQuery, Query, VictimService
+from simulator.service import MAX_BYTES, MalformedQuery, Precision, Query, VictimService, has_names
 
-#: messages that one replica holds at once; the rest wait at the client
-MAX_ONGOING = 64
+#: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
+MAX_ONGOING = 256
+#: messages of one account that a replica holds at once
+MAX_PER_ACCOUNT = 4
+#: messages that wait at one client, at most
+MAX_QUEUED = 64
 #: messages that one client has under way
 WINDOW = 2
 #: queries in one message at most
@@ -44,35 +53,64 @@ PATIENCE = 120.0
 Answer = NDArray[np.float32] | InputError
 
 
+class Busy(InputError):
+    """The account has too many messages under way; nothing was charged, and the message may come again."""
+
+
 class Victim:
     """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
 
-    def __init__(self, ledger: ActorHandle[Any], shelf: ActorHandle[Any], placement: Placement) -> None:
+    def __init__(
+        self,
+        ledger: ActorHandle[Any],
+        shelf: ActorHandle[Any],
+        placement: Placement,
+        precision: Precision = "full",
+    ) -> None:
         self._ledger, self._shelf = ledger, shelf
-        self._service = VictimService(settle(placement))
+        self._service = VictimService(settle(placement), precision)
         self._terms: dict[str, Terms] = {}
+        self._worker = Worker(lambda: torch.set_num_threads(1))
+        self._teller = Teller(lambda requests: ledger.reserve_all.remote(list(requests)), self._worker.low)
+        self._present: Counter[tuple[str, str]] = Counter()
 
     async def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Probability rows ``(B, K)`` float32 for each query, charged to its account, or why it was refused.
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        # with the token, so that nobody can take the places of an account that is not theirs
+        owners = {(query.account, query.token) for query in queries if has_names(query)}
+        if any(self._present[owner] >= MAX_PER_ACCOUNT for owner in owners):
+            return [Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica") for _ in queries]
+        self._present.update(owners)
+        try:
+            return await self._answered(queries)
+        finally:
+            self._present.subtract(owners)
+            for owner in owners:
+                if not self._present[owner]:
+                    del self._present[owner]
+
+    async def _answered(self, queries: Sequence[Query]) -> list[Answer]:
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
-        grants = iter(await self._ledger.reserve_all.remote(requests) if requests else ())
-        answers: list[Answer] = []
-        for query, request in zip(queries, checked, strict=True):
-            refused = request if isinstance(request, InputError) else next(grants)
-            if isinstance(refused, InputError):
-                answers.append(refused)
-                continue
-            terms = self._terms[query.account]
-            answers.append(self._service.answer(terms.victim, terms.labels, query))
-            await asyncio.sleep(0)  # others are checked and sent to the ledger between two answers
-        return answers
+        grants = iter(await self._teller.reserve(requests) if requests else ())
+        replies = [request if isinstance(request, InputError) else next(grants) for request in checked]
+        return await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+
+    async def _reply(self, query: Query, granted: Grant | InputError) -> Answer:
+        if isinstance(granted, InputError):
+            return granted
+        terms = self._terms[query.account]
+        return await self._worker.run(
+            query.account, granted.count, lambda: self._service.answer(terms.victim, terms.labels, query)
+        )
 
     async def _checked(self, query: Query) -> Request | InputError:
         """What the ledger is asked for a query, or what is wrong with it."""
+        if not has_names(query):
+            return MalformedQuery("query whose account or token is not text")
         terms = self._terms.get(query.account)
         if terms is None:
             terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)
@@ -91,6 +129,7 @@ def deploy(
     shelf: ActorHandle[Any],
     placement: Placement,
     replicas: int = 1,
+    precision: Precision = "full",
 ) -> DeploymentHandle[Victim]:
     """Starts the service as a Serve application without an HTTP door; returns its handle."""
     # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
@@ -100,11 +139,12 @@ def deploy(
         name="victim",
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=MAX_QUEUED,
         ray_actor_options=placement.options(),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     handle: DeploymentHandle[Victim] = serve.run(
-        deployment.bind(ledger, shelf, placement), name=name, route_prefix=None
+        deployment.bind(ledger, shelf, placement, precision), name=name, route_prefix=None
     )
     return handle
 
@@ -165,7 +205,8 @@ class ServeTransport:
         while True:
             try:
                 answers: list[Answer] = response.result(timeout_s=self._patience)
-                return answers
+                if not isinstance(answers[0], Busy) or time.monotonic() > deadline:
+                    return answers
             except RayTaskError as error:
                 # the ledger knows no such account: wrapped once for each actor that this passed
                 cause: BaseException = error

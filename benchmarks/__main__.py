@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from benchmarks import coupling, data_free, query_path, schemes
+from benchmarks import coupling, data_free, grid, query_path, schemes
 from benchmarks.measure import Outcome, machine
 from simulator.component import one_of
 from simulator.training import use_one_thread
@@ -23,6 +23,7 @@ from simulator.training import use_one_thread
 BENCHMARKS: dict[str, Callable[[], Outcome]] = {
     "coupling": coupling.run,
     "query_path": query_path.run,
+    "grid": grid.run,
     "data_free": data_free.run,
     "schemes": schemes.run,
 }

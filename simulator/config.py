@@ -22,6 +22,7 @@ from simulator.data import DataConfig
 from simulator.errors import InputError
 from simulator.models import ARCHITECTURES
 from simulator.pools import PoolSpec
+from simulator.service import Precision
 from simulator.training import Recipe
 from simulator.verification import Verification
 from simulator.watermarks.base import WATERMARKS
@@ -161,6 +162,7 @@ class Resources(Settings):
         attacker, trainer, victim, collector: share of each actor.
         trainers: how many victims are trained at once.
         replicas: of the prediction service.
+        precision: of the victims' answers; ``half`` computes in 16 bits on a GPU, and is ``full`` without one.
     """
 
     attackers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -170,6 +172,7 @@ class Resources(Settings):
     victim: float = Field(0.125, gt=0)
     replicas: int = Field(1, ge=1)
     collector: float = Field(0.125, ge=0)
+    precision: Precision = "full"
 
 
 class RunConfig(Settings):

@@ -118,34 +118,58 @@ class Ledger:
         Raises:
             Refused: no such account, wrong token, the key belongs to other images, or the budget does not suffice.
         """
+        (reply,) = self.reserve_all([Request(account, token, key, count, digest)])
+        if isinstance(reply, Refused):
+            raise reply
+        return reply
+
+    def reserve_all(self, requests: Sequence[Request]) -> list[Grant | Refused]:
+        """What :meth:`reserve` says to each of several requests. One that is refused does not touch the others.
+
+        All grants go to the disk in one write, and with ``sync`` are waited for once, before any of them is given.
+        """
+        replies: list[Grant | Refused] = []
+        fresh: list[Request] = []
+        try:
+            for asked in requests:
+                try:
+                    grant = self._decide(asked)
+                except Refused as refusal:
+                    replies.append(refusal)
+                    continue
+                replies.append(grant)
+                if grant.fresh:
+                    fresh.append(asked)
+            if fresh:
+                self._write(*({"a": new.account, "k": new.key, "n": new.count, "d": new.digest} for new in fresh))
+        except BaseException:
+            for undone in fresh:
+                entry = self._accounts[undone.account]
+                del entry.grants[undone.key]
+                entry.spent -= undone.count
+            raise
+        return replies
+
+    def _decide(self, asked: Request) -> Grant:
+        """The reply to one request, with a fresh grant entered into the account and not yet on the disk."""
+        account, key, count = asked.account, asked.key, asked.count
         entry = self._accounts.get(account)
         # the same answer for an unknown account and a wrong token: nobody learns which accounts exist
-        if entry is None or not hmac.compare_digest(hash_token(token), entry.terms.token_hash):
+        if entry is None or not hmac.compare_digest(hash_token(asked.token), entry.terms.token_hash):
             raise Refused(f"account {account!r}: unknown account or wrong token")
         remaining = entry.terms.budget - entry.spent
         paid = entry.grants.get(key)
         if paid is not None:
-            if paid != (count, digest):
+            if paid != (count, asked.digest):
                 raise Refused(f"account {account}: key {key} was used for other images")
             return Grant(count, fresh=False, remaining=remaining)
         if key < 0 or count < 1:
             raise Refused(f"account {account}: key {key} and count {count} must be at least 0 and 1")
         if count > remaining:
             raise Refused(f"account {account}: {count} images asked, {remaining} of {entry.terms.budget} remain")
-        self._write({"a": account, "k": key, "n": count, "d": digest})
-        entry.grants[key] = (count, digest)
+        entry.grants[key] = (count, asked.digest)
         entry.spent += count
         return Grant(count, fresh=True, remaining=remaining - count)
-
-    def reserve_all(self, requests: Sequence[Request]) -> list[Grant | Refused]:
-        """What :meth:`reserve` says to each of several requests. One that is refused does not touch the others."""
-        replies: list[Grant | Refused] = []
-        for asked in requests:
-            try:
-                replies.append(self.reserve(asked.account, asked.token, asked.key, asked.count, asked.digest))
-            except Refused as refusal:
-                replies.append(refusal)
-        return replies
 
     def terms(self, account: str) -> Terms:
         """What the account was opened for."""
@@ -171,12 +195,11 @@ class Ledger:
         """Closes the log."""
         os.close(self._file)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        body = json.dumps(record, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (zlib.crc32(body), body)
+    def _write(self, *records: dict[str, Any]) -> None:
+        lines = b"".join(_line(record) for record in records)
         start = os.lseek(self._file, 0, os.SEEK_CUR)
         try:
-            if os.write(self._file, line) != len(line):  # a full disk
+            if os.write(self._file, lines) != len(lines):  # a full disk
                 raise OSError(f"{self._path}: could not write the whole record")
             if self._sync:
                 os.fdatasync(self._file)
@@ -205,6 +228,11 @@ class Ledger:
                 entry.spent += record["n"]
             end += len(line)
         return end
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    body = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ class LocalRun:
         self._failed: dict[str, str] = {}
         self._collector = Collector(directory.path, config, world.dataset.name, world.dataset.test)
         self._ledger = Ledger(directory.ledger, sync=config.sync_ledger)
-        self._service = VictimService(self._device)
+        self._service = VictimService(self._device, config.resources.precision)
         self._transport = LocalTransport(self._service, self._ledger)
 
     def run(self) -> bool:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from simulator.answers import answer_policy
 from simulator.errors import InputError
-from simulator.service import Query
+from simulator.service import MAX_BYTES, Query
 from simulator.training import predict
 
 #: images in one query of the service; measured best between 256 and 1024
 CHUNK = 256
-#: bytes in one query at most: larger gRPC messages fail
-MAX_BYTES = 3 << 20
 
 
 class BudgetExhausted(InputError):
@@ -109,7 +107,7 @@ class ServiceOracle:
         images = images.detach().cpu()
         images = images if images.dtype == torch.uint8 else images.to(torch.float32)
         queries = []
-        for part in images.split(_chunk(images)):
+        for part in images.split(_chunk(images, self.classes)):
             queries.append(Query(self.account, self._token, self._key, part.contiguous().numpy()))
             self._key += 1
         answers = torch.cat([torch.from_numpy(np.array(rows)) for rows in self._transport.send_all(queries)])
@@ -134,7 +132,7 @@ class ServiceOracle:
         that, rounded.
         """
         asked = [images for images, _ in self._transcript]
-        parts = [part for images in asked for part in images.split(_chunk(images))]
+        parts = [part for images in asked for part in images.split(_chunk(images, self.classes))]
         if len({part.dtype for part in parts}) > 1:
             asked = [images / 255 if images.dtype == torch.uint8 else images for images in asked]
         tensors = {
@@ -146,9 +144,9 @@ class ServiceOracle:
         return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def _chunk(images: Tensor) -> int:
-    """How many of these images go into one query."""
-    return max(1, min(CHUNK, MAX_BYTES // max(1, images[0].numel() * images.element_size())))
+def _chunk(images: Tensor, classes: int) -> int:
+    """How many of these images go into one query: it fits into a message, and so does its answer."""
+    return max(1, min(CHUNK, MAX_BYTES // max(1, images[0].numel() * images.element_size(), 4 * classes)))
 
 
 class SharedOracle:

@@ -7,10 +7,12 @@ never computed for images that were not charged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from simulator.answers import answer_policy
 from simulator.errors import InputError
@@ -20,6 +22,13 @@ from simulator.training import predict
 
 #: images in one query at most; a client cuts larger sets into chunks
 MAX_BATCH = 4096
+#: bytes in one query, and in its answer, at most: larger gRPC messages (4 MiB) fail
+MAX_BYTES = 3 << 20
+
+#: ``half`` answers in 16 bits where that is faster, which is on a GPU; elsewhere it is the same as ``full``
+Precision = Literal["full", "half"]
+#: largest difference between a probability of an answer in half precision and the same in full precision
+HALF_TOLERANCE = 1e-2
 
 
 class MalformedQuery(InputError):
@@ -43,6 +52,11 @@ class Query:
     images: NDArray[np.generic]
 
 
+def has_names(query: Query) -> bool:
+    """Whether a query's account and token are text, as they must be before anybody is asked about them."""
+    return isinstance(query.account, str) and isinstance(query.token, str)
+
+
 def check_images(images: object, channels: int, size: int) -> NDArray[np.generic]:
     """The images, if a victim with such an input can answer them.
 
@@ -63,12 +77,17 @@ def check_images(images: object, channels: int, size: int) -> NDArray[np.generic
 class VictimService:
     """Answers queries with the victims it has been given.
 
+    An answer is a function of the images alone, in half precision too: a query is never computed together with another.
+
     Args:
         device: where the models run.
+        precision: ``half`` computes in float16 on a GPU, to within :data:`HALF_TOLERANCE` of the full answers.
+        half: the 16-bit type that ``half`` stands for, in place of what the device suggests (for tests on a CPU).
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, precision: Precision = "full", half: torch.dtype | None = None) -> None:
         self._device = device
+        self._half = None if precision == "full" else half or (torch.float16 if device.type == "cuda" else None)
         self._models: dict[str, Classifier] = {}
 
     def __contains__(self, victim: str) -> bool:
@@ -82,10 +101,13 @@ class VictimService:
         """Checks the images against the victim's input; returns their digest.
 
         Raises:
-            MalformedQuery: see :func:`check_images`, or a key that is no integer.
+            MalformedQuery: see :func:`check_images`, an answer too large for a message, or a key that is no integer.
         """
         spec = self._models[victim].spec
         images = check_images(query.images, spec.channels, spec.size)
+        most = max(1, MAX_BYTES // (4 * spec.classes))
+        if len(images) > most:
+            raise MalformedQuery(f"query of {len(images)} images; allowed: 1..{most}, with {spec.classes} classes each")
         if type(query.key) is not int:
             raise MalformedQuery(f"query key {query.key!r} is not an integer")
         return digest_of(np.ascontiguousarray(images).data.cast("B"))
@@ -94,9 +116,17 @@ class VictimService:
         """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for."""
         # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides
         images = np.require(query.images, requirements=["C", "W"])
-        rows = answer_policy(labels)(predict(self._models[victim], torch.from_numpy(images)))
+        rows = answer_policy(labels)(self._predict(self._models[victim], torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers
+
+    def _predict(self, model: Classifier, images: Tensor) -> Tensor:
+        if self._half is None:
+            return predict(model, images)
+        with torch.autocast(self._device.type, self._half):
+            rows = predict(model, images)
+        # a logit beyond float16's range; the images alone decide this, too
+        return rows if bool(rows.isfinite().all()) else predict(model, images)
 
 
 class LocalTransport:

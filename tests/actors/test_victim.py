@@ -22,15 +22,17 @@ from ray import serve
 from actors.devices import Placement
 from actors.ledger import LedgerActor, LedgerService
 from actors.stores import Shelf, ShelfActor
-from actors.victim import ServeTransport, Victim, deploy
+from actors.victim import MAX_PER_ACCOUNT, Busy, ServeTransport, Victim, deploy, direct
 from simulator.errors import InputError
 from simulator.ledger import Ledger, Terms, hash_token
 from simulator.models import build, save_model
 from simulator.oracle import ServiceOracle
 from simulator.seeding import generator_for
 from simulator.service import LocalTransport, Query, VictimService
+from simulator.training import predict
 
 MODEL = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("victim"))
+WIDE = build("linear", channels=1, size=8, classes=4100, generator=generator_for("wide"))
 IMAGES = torch.randint(256, (700, 1, 8, 8), dtype=torch.uint8, generator=generator_for("images"))
 TOKEN = "s3cret"
 
@@ -62,11 +64,11 @@ class Service:
     wait: Any
     accounts: int = field(default=0)
 
-    def open(self, labels: str = "soft", budget: int = 1000) -> str:
+    def open(self, labels: str = "soft", budget: int = 1000, victim: str = "v") -> str:
         """A new account's name."""
         self.accounts += 1
         account = f"attacker-{self.accounts}"
-        self.wait(self.ledger.open.remote({account: Terms("v", labels, budget, hash_token(TOKEN))}))
+        self.wait(self.ledger.open.remote({account: Terms(victim, labels, budget, hash_token(TOKEN))}))
         return account
 
     def spent(self, account: str) -> int:
@@ -81,8 +83,9 @@ class Service:
 
 
 def shelved(run: Path) -> str:
-    """A run directory with the model in it."""
+    """A run directory with the models in it."""
     save_model(MODEL, run / "models" / "v.safetensors")
+    save_model(WIDE, run / "models" / "wide.safetensors")
     return str(run)
 
 
@@ -214,6 +217,96 @@ def test_eight_clients_at_once_get_their_own_answers(service: Service, tmp_path:
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(steal, range(8)))
     assert [service.spent(account) for account in accounts] == [700] * 8
+
+
+def test_answers_of_many_classes_are_cut_to_fit_into_messages(service: Service) -> None:
+    """4,100 float32 probabilities for each of 256 images are 4.2 MB, more than gRPC takes."""
+    account = service.open(victim="wide")
+    transport = ServeTransport(service.handle)
+    oracle = ServiceOracle(transport, account, TOKEN, labels="soft", classes=4100, shape=(1, 8, 8), budget=1000)
+    answers = oracle.query(IMAGES[:300])
+    parts = [predict(WIDE, part) for part in IMAGES[:300].split(191)]
+    assert torch.equal(answers, torch.cat(parts))
+    assert service.spent(account) == 300
+    with pytest.raises(InputError, match=r"query of 300 images; allowed: 1\.\.191, with 4100 classes each"):
+        service.ask(Query(account, TOKEN, 9, IMAGES[:300].numpy()))
+    assert service.spent(account) == 300
+
+
+def test_large_images_of_a_long_query_set_travel_in_several_messages(service: Service) -> None:
+    """4,096 float32 images of 8x8 are 1 MiB a query: at most three of them go into one message."""
+    account = service.open(budget=8000)
+    queries = [Query(account, TOKEN, key, np.full((2000, 1, 8, 8), key / 4, np.float32)) for key in range(4)]
+    answers = ServeTransport(service.handle).send_all(queries)
+    assert [rows.shape for rows in answers] == [(2000, 10)] * 4
+    assert service.spent(account) == 8000
+
+
+def test_without_the_private_option_the_default_transport_is_used(service: Service) -> None:
+    """A Ray that does not know ``_by_reference`` refuses it with a TypeError, as it does any unknown option."""
+    with pytest.raises(TypeError):
+        service.handle.options(_no_such_option=False)
+    asked: list[dict[str, Any]] = []
+
+    class Older:
+        """The handle of a Ray without the option."""
+
+        answer = service.handle.answer
+
+        def options(self, **options: Any) -> Any:
+            asked.append(options)
+            raise TypeError("unexpected keyword argument '_by_reference'")
+
+    older: Any = Older()
+    assert direct(older) is older
+    account = service.open()
+    answers = ServeTransport(older).send_all([Query(account, TOKEN, key, GOOD) for key in range(6)])
+    assert all(np.array_equal(rows, answers[0]) for rows in answers)
+    assert asked == [{"_by_reference": False}] * 2
+    assert service.spent(account) == 24
+
+
+def test_a_flood_of_messages_is_sent_away_unpaid_and_others_are_answered(service: Service) -> None:
+    greedy, modest = service.open(budget=300_000), service.open()
+    flood = [
+        direct(service.handle).answer.remote([Query(greedy, TOKEN, key, np.zeros((4000, 1, 8, 8), np.uint8))])
+        for key in range(5 * MAX_PER_ACCOUNT)
+    ]
+    assert service.oracle(modest).query(IMAGES).shape == (700, 10)
+    answers = [response.result(timeout_s=60)[0] for response in flood]
+    refused = [answer for answer in answers if isinstance(answer, Busy)]
+    assert refused
+    assert all(isinstance(answer, Busy) or answer.shape == (4000, 10) for answer in answers)
+    assert service.spent(greedy) == 4000 * (len(answers) - len(refused))
+    assert service.ask(Query(greedy, TOKEN, 99, GOOD)).shape == (4, 10)
+
+
+def test_a_message_that_was_sent_away_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[Query]] = []
+
+    class Twice:
+        """A service that has no place at first."""
+
+        def options(self, **_: Any) -> Any:
+            return self
+
+        @property
+        def answer(self) -> Any:
+            return SimpleNamespace(remote=self.reply)
+
+        def reply(self, queries: list[Query]) -> Any:
+            sent.append(queries)
+            answers: list[Any] = [Busy("later") if len(sent) < 3 else np.ones((4, 2)) for _ in queries]
+            return SimpleNamespace(result=lambda timeout_s: answers)
+
+    service: Any = Twice()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    (answer,) = ServeTransport(service).send_all([Query("a", TOKEN, 0, GOOD)])
+    assert answer.shape == (4, 2)
+    assert len(sent) == 3
+    sent.clear()
+    with pytest.raises(Busy, match="later"):
+        ServeTransport(service, patience=-1.0).send_all([Query("a", TOKEN, 0, GOOD)])
 
 
 def replica_pid(app: str) -> int:

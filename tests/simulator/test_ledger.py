@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from simulator.errors import InputError
-from simulator.ledger import Grant, Ledger, Refused, Terms, digest_of, hash_token
+from simulator.ledger import Grant, Ledger, Refused, Request, Terms, digest_of, hash_token
 
 TERMS = Terms("victim-1", "soft", 100, hash_token("secret"))
 
@@ -301,3 +301,43 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_several_requests_are_one_write_and_refusals_among_them_are_free(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, writes, waits = Ledger(path, sync=True), [], []
+    ledger.open("a", Terms("v", "soft", 10, hash_token("t")))
+    monkeypatch.setattr("os.write", lambda file, data, write=os.write: writes.append(data) or write(file, data))
+    monkeypatch.setattr("os.fdatasync", waits.append)
+
+    def ask(key: int, count: int, token: str = "t", digest: str = "d") -> Request:
+        return Request("a", token, key, count, digest)
+
+    asked = [ask(0, 4), ask(1, 1, token="x"), ask(0, 4), ask(0, 4, digest="e"), ask(2, 7), ask(3, 6), ask(4, 1)]
+    replies = ledger.reserve_all(asked)
+    granted = [reply for reply in replies if isinstance(reply, Grant)]
+    assert granted == [Grant(4, True, 6), Grant(4, False, 6), Grant(6, True, 0)]
+    assert [isinstance(reply, Refused) for reply in replies] == [False, True, False, True, True, False, True]
+    assert (len(writes), len(waits), writes[0].count(b"\n")) == (1, 1, 2)
+    assert ledger.reserve_all([ask(0, 4), ask(3, 6)]) == [Grant(4, False, 0), Grant(6, False, 0)]
+    assert len(writes) == 1
+    replayed = Ledger(path)
+    assert replayed.grants("a") == ledger.grants("a") == {0: (4, "d"), 3: (6, "d")}
+
+
+def test_of_several_grants_that_could_not_be_written_none_is_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(path)
+    ledger.open("a", Terms("v", "soft", 10, hash_token("t")))
+    asked = [Request("a", "t", key, 2, "d") for key in range(3)]
+    ledger.reserve_all(asked[:1])
+    before = path.read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr("os.write", lambda file, data, write=os.write: write(file, data[:-5]))
+        with pytest.raises(OSError, match="whole record"):
+            ledger.reserve_all(asked)
+    assert path.read_bytes() == before
+    assert ledger.grants("a") == {0: (2, "d")}
+    assert ledger.spent("a") == 2
+    assert [reply.fresh for reply in ledger.reserve_all(asked) if isinstance(reply, Grant)] == [False, True, True]
+    assert Ledger(path).spent("a") == 6

@@ -107,6 +107,15 @@ def test_large_images_go_in_smaller_chunks(side: int, dtype: torch.dtype, sizes:
     assert all(query.images.nbytes <= MAX_BYTES or len(query.images) == 1 for query in transport.sent)
 
 
+@pytest.mark.parametrize(("classes", "sizes"), [(3072, [256, 44]), (3073, [255, 45]), (100_000, [7] * 42 + [6])])
+def test_wide_answers_come_in_smaller_chunks(classes: int, sizes: list[int]) -> None:
+    transport = Recorder()
+    oracle = ServiceOracle(transport, "a", "t", labels="soft", classes=classes, shape=SHAPE, budget=300, record=True)
+    oracle.query(images(300))
+    assert [len(query.images) for query in transport.sent] == sizes
+    assert all(4 * classes * size <= MAX_BYTES for size in sizes)
+
+
 @given(st.lists(st.integers(0, 700), max_size=6))
 def test_any_sequence_of_queries_has_consecutive_keys_and_an_exact_count(counts: list[int]) -> None:
     transport = Recorder()

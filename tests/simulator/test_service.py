@@ -12,7 +12,17 @@ from simulator.errors import InputError
 from simulator.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.models import Classifier, build
 from simulator.seeding import generator_for
-from simulator.service import MAX_BATCH, LocalTransport, MalformedQuery, Query, VictimService, check_images
+from simulator.service import (
+    HALF_TOLERANCE,
+    MAX_BATCH,
+    MAX_BYTES,
+    LocalTransport,
+    MalformedQuery,
+    Query,
+    VictimService,
+    check_images,
+    has_names,
+)
 from simulator.training import predict
 
 BUDGET = 100
@@ -194,3 +204,63 @@ def test_the_ends_of_the_range_and_the_largest_batch_are_allowed() -> None:
     assert check_images(ends, 1, 2) is ends
     largest = np.zeros((MAX_BATCH, 1, 1, 1), np.uint8)
     assert check_images(largest, 1, 1) is largest
+
+
+def test_an_answer_that_does_not_fit_into_a_message_is_refused_before_it_is_paid_for(ledger: Ledger) -> None:
+    service = VictimService(torch.device("cpu"))
+    service.add("v", build("linear", channels=1, size=4, classes=20_000, generator=generator_for("wide")))
+    transport = LocalTransport(service, ledger)
+    most = MAX_BYTES // 80_000
+    with pytest.raises(MalformedQuery, match=rf"of {most + 1} images; allowed: 1\.\.{most}, with 20000 classes"):
+        transport.send(query(images(most + 1)))
+    assert ledger.spent("soft") == 0
+    assert transport.send(query(images(most))).nbytes <= MAX_BYTES
+
+
+@pytest.mark.parametrize("account", [None, 3, b"soft", ["soft"]])
+def test_names_must_be_text(account: Any) -> None:
+    assert has_names(query(images(1)))
+    assert not has_names(query(images(1), account=account))
+    assert not has_names(query(images(1), token=account))
+
+
+def conv_service(**options: Any) -> VictimService:
+    service = VictimService(torch.device("cpu"), **options)
+    service.add("v", build("naivenet", channels=1, size=8, classes=10, generator=generator_for("half")))
+    return service
+
+
+def pictures8(count: int) -> NDArray[np.uint8]:
+    drawn: NDArray[np.uint8] = torch.randint(0, 256, (count, 1, 8, 8), generator=generator_for("8")).byte().numpy()
+    return drawn
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_answers_are_near_the_full_ones_and_the_same_every_time(half: torch.dtype) -> None:
+    full, service = conv_service(), conv_service(precision="half", half=half)
+    asked = query(pictures8(300))
+    expected, answers = full.answer("v", "soft", asked), service.answer("v", "soft", asked)
+    assert answers.dtype == np.float32
+    assert 0 < np.abs(answers - expected).max() <= HALF_TOLERANCE
+    np.testing.assert_allclose(answers.sum(1), 1, atol=1e-5)
+    assert np.array_equal(service.answer("v", "soft", replace(asked, key=1)), answers)
+
+
+def test_without_a_gpu_half_precision_is_full_precision() -> None:
+    asked = query(pictures8(30))
+    plain = conv_service().answer("v", "soft", asked)
+    assert np.array_equal(conv_service(precision="half").answer("v", "soft", asked), plain)
+    # the type alone asks for nothing
+    assert np.array_equal(conv_service(half=torch.float16).answer("v", "soft", asked), plain)
+
+
+def test_what_half_precision_cannot_hold_is_answered_in_full() -> None:
+    service = conv_service(precision="half", half=torch.float16)
+    model = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("half"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(300)
+    service.add("loud", model)
+    answers = service.answer("loud", "soft", query(pictures8(20)))
+    assert np.array_equal(answers, predict(model, torch.from_numpy(pictures8(20))).numpy())
+    assert np.isfinite(answers).all()
