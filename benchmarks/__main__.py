@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from benchmarks import coupling, data_free, grid, query_path, schemes
+from benchmarks import accounts, coupling, data_free, grid, memory, query_path, schemes
 from benchmarks.measure import Outcome, machine
 from simulator.component import one_of
 from simulator.training import use_one_thread
@@ -24,6 +24,9 @@ BENCHMARKS: dict[str, Callable[[], Outcome]] = {
     "coupling": coupling.run,
     "query_path": query_path.run,
     "grid": grid.run,
+    "ledger": accounts.ledger,
+    "crowd": accounts.crowd,
+    "memory": memory.run,
     "data_free": data_free.run,
     "schemes": schemes.run,
 }

@@ -7,7 +7,8 @@ Whatever is wrong with a file is one :class:`InputError` line; no pickle is ever
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -30,10 +32,17 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images: ``images`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``."""
+    """Labelled images: ``images`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``. Nobody writes to them.
+
+    They are pickled as numpy arrays, whose memory a reader may share: processes of a node that get them from Ray's
+    object store have them there and not each a copy. That memory is read-only, and writing to it ends the process.
+    """
 
     images: Tensor
     labels: Tensor
+
+    def __reduce__(self) -> tuple[Callable[..., Images], tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        return _from_arrays, (self.images.numpy(), self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,6 +55,13 @@ class Images:
         """The images whose label is one of ``classes``, in their order; the labels stay what they are."""
         wanted = torch.tensor(list(classes), dtype=torch.int64)
         return self.take(torch.isin(self.labels, wanted).nonzero().squeeze(1))
+
+
+def _from_arrays(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images:
+    with warnings.catch_warnings():
+        # torch has no read-only tensors and says so; these are never written to
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return Images(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,11 @@ FLAT_RANGE = 8
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Unlabelled images: uint8 ``images`` ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
+    """Unlabelled images, uint8 ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
+
+    The images are those of ``source`` in the order ``order`` (int64 ``(N,)``; as they are, where it is None). The source
+    may be a data set that other processes share, so :meth:`take` copies what is asked for and nothing else;
+    :attr:`images` is a copy of all of them, made when it is first read.
 
     A group is what the attacker knows an image to be in its *source*: its class in its own data set (for patches, its
     photograph and scale). Sources do not share groups; the groups are 0..G-1 and each has an image. Adaptive Knockoff
@@ -52,12 +57,22 @@ class Pool:
     """
 
     name: str
-    images: Tensor
+    source: Tensor
     groups: Tensor
     parents: Tensor | None = None
+    order: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.groups)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All images, in the pool's order."""
+        return self.source if self.order is None else self.source[self.order]
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at ``indices`` (int64 ``(M,)``) of the pool, in that order, as a copy."""
+        return self.source[indices if self.order is None else self.order[indices]]
 
 
 class PoolSpec(Settings):
@@ -192,7 +207,8 @@ def build_pool(
     if not len(order):
         raise InputError(f"pool {spec.label}: no image at all for {count} queries")
     dense = torch.unique(torch.cat(groups), return_inverse=True)[1]
-    return Pool(spec.label, torch.cat(images)[order], dense[order], _parents(dense, torch.cat(origins)))
+    source = images[0] if len(images) == 1 else torch.cat(images)
+    return Pool(spec.label, source, dense[order], _parents(dense, torch.cat(origins)), order)
 
 
 def _parents(groups: Tensor, origins: Tensor) -> Tensor | None:
@@ -237,6 +253,8 @@ def _same_set(name: str, other: str) -> bool:
 def _without(images: Images, dataset: Dataset, name: str) -> Images:
     """A foreign set without the victim's test images: the same images may go by two names (a copy as npz, say)."""
     converted = convert_images(images.images, dataset.channels, dataset.size)
+    if not len(dataset.test):  # an attacker's view of the data
+        return Images(converted, images.labels)
     held_out = {row.tobytes() for row in dataset.test.images.numpy()}
     keep = torch.tensor([row.tobytes() not in held_out for row in converted.numpy()], dtype=torch.bool)
     if not keep.any():

@@ -236,7 +236,7 @@ def _filtered(
     pool = world.pool(rule.pool, rule.queries, generator)
     surrogate = rule.surrogate(
         embedding.model,
-        pool.images[: rule.queries],
+        pool.take(torch.arange(len(pool))[: rule.queries]),
         lambda drawn: build_surrogate(rule.architecture or spec.architecture, world.dataset, device, drawn),
         generator=generator,
         progress=progress,

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from benchmarks import coupling, query_path, schemes
+from benchmarks import accounts, coupling, grid, memory, query_path, schemes
 from benchmarks.__main__ import main
 from benchmarks.measure import Line, Outcome, Spread, Target, machine
 
@@ -49,6 +49,35 @@ def test_schemes() -> None:
     assert [line.ratio is None for line in outcome.lines] == [True, False, False, False]
     assert all(line.figure.median > 0 for line in outcome.lines)
     assert "content 2" in shown(outcome)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_grid(ray_session: None) -> None:
+    """Answered is charged at every account, or the benchmark itself fails."""
+    outcome = grid.run(rounds=1, seconds=0.5, limit_batches=1, attackers=(1, 3), batches=(16, 64))
+    assert [line.name.split(" (")[0] for line in outcome.lines[1:]] == ["1 x 16", "3 x 16", "1 x 64", "3 x 64"]
+    assert all(line.figure.low >= 0 for line in outcome.lines)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_accounts(ray_session: None) -> None:
+    """Granted is charged, answered is charged, and a greedy client is sent away: asserted by the benchmarks."""
+    bought = accounts.ledger(rounds=1, seconds=0.3, accounts=20)
+    assert "20 accounts" in shown(bought)
+    served = accounts.crowd(rounds=1, seconds=2.0, clients=8, messages=20)
+    assert [line.name for line in served.lines][1:] == ["Jain's index of the modest", "greedy over mean modest"]
+    assert 0 < served.lines[1].figure.median <= 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_attackers_of_a_node_share_one_copy_of_the_images(ray_session: None) -> None:
+    """Two attackers with 58 MB of images: a copy each, or none."""
+    outcome = memory.run(images=20_000, attackers=(2,))
+    copied, shared = outcome.lines[0].figure.median, outcome.lines[1].figure.median
+    assert copied - shared > 40
 
 
 def test_a_target_is_compared_with_the_median_ratio() -> None:

@@ -69,7 +69,7 @@ class ActiveThief(TransferSetAttack):
         if state is None:
             budget, start = oracle.remaining, 0
             taken = choose(len(pool), self.shares(min(budget, len(pool)))[0], generator)
-            asked, answers = self.ask(oracle, pool.images[taken], generator)
+            asked, answers = self.ask(oracle, pool.take(taken), generator)
             progress("query", 1, self.iterations + 1)
         else:
             unpack(state, generator=generator)
@@ -88,7 +88,7 @@ class ActiveThief(TransferSetAttack):
                 self._train_selector(copied, asked, answers, generator=generator, progress=progress)
                 rows = predict(copied, pool.images).to(device_of(copied))
                 chosen = self.select(rows, taken, share, budget)
-            new_asked, new_answers = self.ask(oracle, pool.images[chosen], generator)
+            new_asked, new_answers = self.ask(oracle, pool.take(chosen), generator)
             taken = torch.cat([taken, chosen])
             asked, answers = torch.cat([asked, new_asked]), torch.cat([answers, new_answers])
             progress("query", number + 2, self.iterations + 1)

@@ -52,7 +52,7 @@ class Distillation(TransferSetAttack):
         checkpoint: Checkpoint,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TransferSetAttack.collect`."""
-        images = pool.images[choose(len(pool), min(oracle.remaining, len(pool)), generator)]
+        images = pool.take(choose(len(pool), min(oracle.remaining, len(pool)), generator))
         progress("query", 0, 1)
         asked, answers = self.ask(oracle, images, generator)
         progress("query", 1, 1)

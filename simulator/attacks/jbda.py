@@ -79,7 +79,7 @@ class JBDA(TransferSetAttack):
         state = checkpoint.load()
         if state is None:
             drawn = choose(len(pool), min(self.seeds, len(pool), oracle.remaining), generator)
-            points = to_input(pool.images[drawn], torch.device("cpu"))
+            points = to_input(pool.take(drawn), torch.device("cpu"))
             asked, answers = self._ask_points(oracle, points, generator)
             start = 0
             progress("query", 1, self.rounds + 1)

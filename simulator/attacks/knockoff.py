@@ -84,7 +84,7 @@ class Knockoff(TransferSetAttack):
         if self.strategy == "adaptive":
             return self._collect_adaptively(oracle, surrogate, pool, generator, progress, checkpoint)
         count = oracle.remaining if self.repeat else min(oracle.remaining, len(pool))
-        images = pool.images[choose(len(pool), count, generator)]
+        images = pool.take(choose(len(pool), count, generator))
         for start in range(len(pool), count, PART):
             images[start : start + PART] = self._augment(images[start : start + PART], generator)
         progress("query", 0, 1)
@@ -114,7 +114,7 @@ class Knockoff(TransferSetAttack):
         asked = 0 if state is None else len(state["answers"])
         budget = asked + oracle.remaining
         total = budget if self.repeat else min(budget, len(pool))
-        images = pool.images.new_empty((total, *pool.images.shape[1:]))
+        images = pool.source.new_empty((total, *pool.source.shape[1:]))
         answers = torch.empty(total, oracle.classes)
         if state is not None:
             unpack(state, surrogate=surrogate, optimizer=optimizer, generator=generator)
@@ -125,7 +125,7 @@ class Knockoff(TransferSetAttack):
                 arms.begin_pass(generator)
             available = arms.available
             drawn, indices = arms.draw(policy, min(self.pulls, total - asked, arms.left), generator)
-            chosen = pool.images[indices]
+            chosen = pool.take(indices)
             if arms.passes > 1:
                 chosen = self._augment(chosen, generator)
             new = slice(asked, asked + len(drawn))

@@ -297,10 +297,10 @@ def test_a_message_that_was_sent_away_comes_again(monkeypatch: pytest.MonkeyPatc
         def reply(self, queries: list[Query]) -> Any:
             sent.append(queries)
             answers: list[Any] = [Busy("later") if len(sent) < 3 else np.ones((4, 2)) for _ in queries]
-            return SimpleNamespace(result=lambda timeout_s: answers)
+            return SimpleNamespace(result=lambda **_: answers)
 
     service: Any = Twice()
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     (answer,) = ServeTransport(service).send_all([Query("a", TOKEN, 0, GOOD)])
     assert answer.shape == (4, 2)
     assert len(sent) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -360,3 +361,19 @@ def test_images_by_index_and_class() -> None:
     assert chosen.images.flatten().tolist() == [0, 2, 3, 5]
     assert chosen.labels.tolist() == [0, 2, 0, 2]
     assert len(images.subset_of_classes([7])) == 0
+
+
+def test_images_are_sent_so_that_readers_share_their_memory() -> None:
+    """They go as numpy arrays, which Ray's object store gives every reader at one read-only place."""
+    images = Images(torch.arange(2 * 3 * 4 * 4).byte().reshape(2, 3, 4, 4), torch.tensor([1, 0]))
+    make, arrays = images.__reduce__()
+    for array in arrays:
+        array.flags.writeable = False
+    read = [make(*arrays) for _ in range(2)]
+    for each in read:
+        assert torch.equal(each.images, images.images)
+        assert torch.equal(each.labels, images.labels)
+        assert each.images.data_ptr() == images.images.data_ptr()
+    own = copy.deepcopy(images)
+    assert torch.equal(own.images, images.images)
+    assert own.images.data_ptr() != images.images.data_ptr()

@@ -261,3 +261,14 @@ class TestPatches:
 
     def test_none(self) -> None:
         assert len(patches(0, 1, 8, generator())) == 0
+
+
+def test_a_pool_of_one_data_set_shares_its_images_and_takes_in_its_own_order(digits: Dataset) -> None:
+    pool = build("attacker", digits)
+    assert pool.source.data_ptr() == digits.attacker.images.data_ptr()
+    assert not torch.equal(pool.images, digits.attacker.images)
+    indices = torch.tensor([5, 0, 5])
+    assert torch.equal(pool.take(indices), pool.images[indices])
+    plain = Pool("plain", pool.images, pool.groups)
+    assert plain.images is plain.source
+    assert torch.equal(plain.take(indices), pool.take(indices))
