@@ -146,7 +146,7 @@ class RayRun:
             serve.delete(self._app, _blocking=False)
             for actor in (*self._workers, self._collector, self._keeper, self._shelf, self._board, self._ledger):
                 ray.kill(actor)  # the cluster and this process may go on
-        self._directory.clear_test()
+            self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 
     # -- jobs ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from simulator.errors import InputError
 from simulator.ledger import Request, Terms
 from simulator.models import from_bytes
 from simulator.oracle import MAX_BYTES
-from simulator.service import MalformedQuery, Query, VictimService
+from simulator.service import MalformedQuery, Query, VictimService, check_form
 
 #: messages that one replica holds at once; the rest wait at the client
 MAX_ONGOING = 64
@@ -57,6 +57,8 @@ class Victim:
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        if not isinstance(queries, list | tuple):
+            raise MalformedQuery(f"message of type {type(queries).__name__}; allowed: a list of queries")
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
         grants = iter(await self._ledger.reserve_all.remote(requests) if requests else ())
@@ -73,6 +75,10 @@ class Victim:
 
     async def _checked(self, query: Query) -> Request | InputError:
         """What the ledger is asked for a query, or what is wrong with it."""
+        try:
+            check_form(query)
+        except MalformedQuery as malformed:
+            return malformed
         terms = self._terms.get(query.account)
         if terms is None:
             terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)

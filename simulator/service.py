@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from simulator.answers import answer_policy
 from simulator.errors import InputError
-from simulator.ledger import Ledger, digest_of
+from simulator.ledger import KEYS, Ledger, digest_of
 from simulator.models import Classifier
 from simulator.training import predict
 
@@ -43,6 +43,23 @@ class Query:
     images: NDArray[np.generic]
 
 
+def check_form(query: object) -> None:
+    """Sees that a query names an account, a token and a key. What they are worth is the ledger's to say.
+
+    Raises:
+        MalformedQuery: it is no query, or one of the three is of another type, or the key out of range.
+    """
+    if type(query) is not Query:
+        raise MalformedQuery(f"{type(query).__name__} is not a query")
+    for name in ("account", "token"):
+        if type(getattr(query, name)) is not str:
+            raise MalformedQuery(f"query with {name} of type {type(getattr(query, name)).__name__}; allowed: text")
+    if type(query.key) is not int:
+        raise MalformedQuery(f"query key of type {type(query.key).__name__} is not an integer")
+    if not 0 <= query.key < KEYS:  # not printed: it may have millions of digits
+        raise MalformedQuery(f"query key {'below 0' if query.key < 0 else 'too large'}; allowed: 0 to {KEYS - 1}")
+
+
 def check_images(images: object, channels: int, size: int) -> NDArray[np.generic]:
     """The images, if a victim with such an input can answer them.
 
@@ -51,8 +68,9 @@ def check_images(images: object, channels: int, size: int) -> NDArray[np.generic
     """
     wanted = f"(1..{MAX_BATCH}, {channels}, {size}, {size}) uint8, or float32 in [0, 1]"
     if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
-        found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        found = str(images.dtype if isinstance(images, np.ndarray) else type(images).__name__)[:60]
         raise MalformedQuery(f"query of type {found}; allowed: {wanted}")
+    images = np.asarray(images)  # of a masked array all values count
     if images.ndim != 4 or images.shape[1:] != (channels, size, size) or not 1 <= len(images) <= MAX_BATCH:
         raise MalformedQuery(f"query of shape {images.shape}; allowed: {wanted}")
     if images.dtype == np.float32 and not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
@@ -82,12 +100,11 @@ class VictimService:
         """Checks the images against the victim's input; returns their digest.
 
         Raises:
-            MalformedQuery: see :func:`check_images`, or a key that is no integer.
+            MalformedQuery: see :func:`check_form` and :func:`check_images`.
         """
+        check_form(query)
         spec = self._models[victim].spec
         images = check_images(query.images, spec.channels, spec.size)
-        if type(query.key) is not int:
-            raise MalformedQuery(f"query key {query.key!r} is not an integer")
         return digest_of(np.ascontiguousarray(images).data.cast("B"))
 
     def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
@@ -106,7 +123,13 @@ class LocalTransport:
         self._service, self._ledger = service, ledger
 
     def send(self, query: Query) -> NDArray[np.float32]:
-        """The answer to one query."""
+        """The answer to one query.
+
+        Raises:
+            MalformedQuery: something is wrong with the query.
+            Refused: the ledger does not pay for it.
+        """
+        check_form(query)
         terms = self._ledger.terms(query.account)
         digest = self._service.check(terms.victim, query)
         self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
