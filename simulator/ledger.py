@@ -9,8 +9,8 @@ key and the same images is free (an answer lost on the way is asked again), the 
 The file is a log of lines ``<crc32> <json>``. A last line without its end was torn by a kill: it was never acknowledged
 and is cut off. Anything else that is not as it was written is damage, and the file is refused.
 
-One process has the file at a time, by a lock that the system takes from a killed process: where a driver was killed, its
-ledger's process may live on for a moment and grant what the next one would not know of.
+One process has the file at a time, by a lock that the system takes from a killed process: where a driver was killed,
+its ledger's process may live on for a moment and grant what the next one would not know of.
 """
 
 from __future__ import annotations
@@ -145,20 +145,21 @@ class Ledger:
         # the same answer for an unknown account and a wrong token: nobody learns which accounts exist
         if entry is None or not _fits(token, entry.terms):
             raise Refused(f"account {_shown(account)}: unknown account or wrong token")
+        name = account if account.isprintable() else repr(account)
         if type(key) is not int or type(count) is not int or type(digest) is not str:
-            raise Refused(f"account {account}: key and count must be integers and the digest text")
+            raise Refused(f"account {name}: key and count must be integers and the digest text")
         if not -KEYS <= key < KEYS or not -KEYS <= count < KEYS:  # before they are printed, which may take too long
-            raise Refused(f"account {account}: key and count must be at least 0 and 1, and below {KEYS}")
+            raise Refused(f"account {name}: key and count must be at least 0 and 1, and below {KEYS}")
         remaining = entry.terms.budget - entry.spent
         paid = entry.grants.get(key)
         if paid is not None:
             if paid != (count, digest):
-                raise Refused(f"account {account}: key {key} was used for other images")
+                raise Refused(f"account {name}: key {key} was used for other images")
             return Grant(count, fresh=False, remaining=remaining)
         if key < 0 or count < 1:
-            raise Refused(f"account {account}: key {key} and count {count} must be at least 0 and 1")
+            raise Refused(f"account {name}: key {key} and count {count} must be at least 0 and 1")
         if count > remaining:
-            raise Refused(f"account {account}: {count} images asked, {remaining} of {entry.terms.budget} remain")
+            raise Refused(f"account {name}: {count} images asked, {remaining} of {entry.terms.budget} remain")
         self._write({"a": account, "k": key, "n": count, "d": digest})
         entry.grants[key] = (count, digest)
         entry.spent += count

@@ -109,8 +109,11 @@ class VictimService:
 
     def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
         """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for."""
-        # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides
+        # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides, which for
+        # numpy are contiguous where a dimension has one entry
         images = np.require(query.images, requirements=["C", "W"])
+        if min(images.strides) < 0:
+            images = images.copy()
         rows = answer_policy(labels)(predict(self._models[victim], torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers

@@ -232,8 +232,11 @@ def test_an_account_or_a_token_of_any_type_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     ("key", "count", "digest"),
-    [(0.0, 1, "d"), (True, 1, "d"), (None, 1, "d"), ([], 1, "d"), ("0", 1, "d"), (10**4000, 1, "d"), (2**63, 1, "d")]
-    + [(0, 1.0, "d"), (0, True, "d"), (0, 10**4000, "d"), (0, -(10**4000), "d"), (0, 1, None), (0, 1, b"d")],
+    [
+        *((key, 1, "d") for key in (0.0, True, None, [], "0", 10**4000, 2**63)),
+        *((0, count, "d") for count in (1.0, True, None, 10**4000, -(10**4000))),
+        *((0, 1, digest) for digest in (None, b"d")),
+    ],
 )
 def test_a_key_count_or_digest_of_another_type_is_refused(
     ledger: Ledger, path: Path, key: Any, count: Any, digest: Any

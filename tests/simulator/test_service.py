@@ -167,6 +167,9 @@ def test_the_memory_layout_of_the_images_does_not_matter(transport: LocalTranspo
     for same in (frozen, backwards, strided, columns):
         assert np.array_equal(transport.send(query(same)), answer)
     assert ledger.spent("soft") == 6
+    # numpy takes a single image backwards for contiguous, torch refuses its stride: after it was paid
+    assert np.array_equal(transport.send(query(pictures[:1][::-1], 1)), answer[:1])
+    assert ledger.spent("soft") == 7
 
 
 def test_a_list_of_queries_is_answered_in_its_order(transport: LocalTransport, ledger: Ledger) -> None:
