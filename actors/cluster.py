@@ -67,7 +67,7 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
             else:
                 quiet["include_dashboard"] = False
                 ray.init(num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except Exception as error:  # of a node that took too long to start, Ray raises no narrower one
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
         session = None if address else _session_logs()

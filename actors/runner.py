@@ -126,7 +126,7 @@ class RayRun:
                 self._refresh()
         finally:
             self._crew.dismiss()
-        self._directory.clear_test()
+            self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 
     # -- jobs ------------------------------------------------------------------------------------------------------

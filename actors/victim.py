@@ -34,7 +34,7 @@ from actors.turns import Teller, Worker
 from simulator.errors import InputError
 from simulator.ledger import Grant, Request, Terms
 from simulator.models import from_bytes
-from simulator.service import MAX_BYTES, MalformedQuery, Precision, Query, VictimService, has_names
+from simulator.service import MAX_BYTES, MalformedQuery, Precision, Query, VictimService, check_form, well_formed
 
 #: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
 MAX_ONGOING = 256
@@ -79,8 +79,10 @@ class Victim:
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        if not isinstance(queries, list | tuple):
+            raise MalformedQuery(f"message of type {type(queries).__name__}; allowed: a list of queries")
         # with the token, so that nobody can take the places of an account that is not theirs
-        owners = {(query.account, query.token) for query in queries if has_names(query)}
+        owners = {(query.account, query.token) for query in queries if well_formed(query)}
         if any(self._present[owner] >= MAX_PER_ACCOUNT for owner in owners):
             return [Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica") for _ in queries]
         self._present.update(owners)
@@ -109,8 +111,10 @@ class Victim:
 
     async def _checked(self, query: Query) -> Request | InputError:
         """What the ledger is asked for a query, or what is wrong with it."""
-        if not has_names(query):
-            return MalformedQuery("query whose account or token is not text")
+        try:
+            check_form(query)
+        except MalformedQuery as malformed:
+            return malformed
         terms = self._terms.get(query.account)
         if terms is None:
             terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)

@@ -69,18 +69,27 @@ def run(
 
 def _run(directory: Any, config: Any, data: Path | None, out: Path | None, local: bool, address: str | None) -> int:
     """Checks everything that can be checked beforehand, then runs, then reports."""
-    from simulator.display import Display
     from simulator.preflight import prepare
-    from simulator.report import render_table, write_report
-    from simulator.results import collect_provenance, write_run_info
     from simulator.rundir import RunDirectory
 
-    console = _console()
     plan, world = prepare(config, data)
     if local and config.device == "cuda":
         _demand_cuda()
     resumed = directory is not None
     directory = directory or RunDirectory.create(config, out)
+    with directory.held():
+        return _run_in(directory, config, plan, world, resumed=resumed, local=local, address=address)
+
+
+def _run_in(
+    directory: Any, config: Any, plan: Any, world: Any, *, resumed: bool, local: bool, address: str | None
+) -> int:
+    """Runs in a directory that no other process works in, then reports."""
+    from simulator.display import Display
+    from simulator.report import render_table, write_report
+    from simulator.results import collect_provenance, write_run_info
+
+    console = _console()
     info = collect_provenance(
         sys.argv, name=config.name, mode="local" if local else "ray", seeds=config.seeds, config_yaml=config.to_yaml()
     )
@@ -124,9 +133,12 @@ def _start(
     from actors.cluster import connected, lay_out
     from actors.runner import RayRun
 
-    with connected(address, directory.path / "logs"):
-        layout = lay_out(config, len(plan.scenarios))
-        return RayRun(config, plan, world, directory, display, layout).run()
+    try:
+        with connected(address, directory.path / "logs"):
+            layout = lay_out(config, len(plan.scenarios))
+            return RayRun(config, plan, world, directory, display, layout).run()
+    finally:
+        directory.clear_test()  # wherever it was interrupted
 
 
 @exsim.command()
@@ -235,6 +247,7 @@ def list_(what: str) -> int:
     families: dict[str, Callable[[], list[tuple[str, str]]]] = {
         "attacks": lambda: _components(ATTACKS),
         "watermarks": lambda: _components(WATERMARKS),
+        "removals": lambda: [("none", "there are no removal attacks yet")],
         "models": describe_models,
         "datasets": describe_datasets,
         "presets": lambda: list(presets().items()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +20,22 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def try_lock(file: int) -> bool:
+    """Takes the lock of an open file for this process; false where another has it. Closing the file gives it back, and
+    so does any end of the process.
+
+    A network file system has such locks between machines only where its server and mount do them (NFS: not with
+    ``nolock``); where it says that it has none at all, there is nothing to take and the answer is true.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 class Folder:

@@ -6,15 +6,21 @@ Every account has a budget in images. A grant is written to disk before it is gi
 
 holds for every account. A grant is named by the account and a key that the client chooses; asking again with the same
 key and the same images is free (an answer lost on the way is asked again), the same key with other images is refused.
-The file is a log of lines ``<crc32> <json>``; a last line torn by a kill was never acknowledged and is cut off.
+The file is a log of lines ``<crc32> <json>``. A last line without its end was torn by a kill: it was never acknowledged
+and is cut off. Anything else that is not as it was written is damage, and the file is refused.
+
+One process has the file at a time, by a lock that the system takes from a killed process: where a driver was killed,
+its ledger's process may live on for a moment and grant what the next one would not know of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError
+from simulator.files import try_lock
+
+#: seconds to wait for the process that has the log
+PATIENCE = 60.0
+#: keys are natural numbers below this
+KEYS = 2**63
+#: characters of an unknown account's name that a message repeats
+SHOWN = 60
 
 
 class Refused(InputError):
@@ -89,16 +103,24 @@ class Ledger:
         path: the log.
         sync: wait for the disk at every grant. Without it a grant survives every kill of a process, but not a crash of
             the whole machine.
+
+    Raises:
+        InputError: the log is damaged, or another process has it and does not end within :data:`PATIENCE` seconds.
     """
 
     def __init__(self, path: Path, *, sync: bool = False) -> None:
         self._path, self._sync = path, sync
         self._accounts: dict[str, _Account] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        end = self._replay() if path.exists() else 0
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, end)
-        os.lseek(self._file, end, os.SEEK_SET)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock()
+            end = self._replay()
+            os.ftruncate(self._file, end)
+            os.lseek(self._file, end, os.SEEK_SET)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def open(self, account: str, terms: Terms) -> int:
         """Opens an account, or finds it open on the same terms. Returns its remaining budget in images."""
@@ -116,7 +138,8 @@ class Ledger:
         """Charges ``count`` images to the account under ``key``, unless that key has paid for these images already.
 
         Raises:
-            Refused: no such account, wrong token, the key belongs to other images, or the budget does not suffice.
+            Refused: no such account, wrong token, the key belongs to other images, the budget does not suffice, or
+                something asked is of another type than it has to be.
         """
         (reply,) = self.reserve_all([Request(account, token, key, count, digest)])
         if isinstance(reply, Refused):
@@ -152,30 +175,36 @@ class Ledger:
 
     def _decide(self, asked: Request) -> Grant:
         """The reply to one request, with a fresh grant entered into the account and not yet on the disk."""
-        account, key, count = asked.account, asked.key, asked.count
-        entry = self._accounts.get(account)
+        account, key, count, digest = asked.account, asked.key, asked.count, asked.digest
+        entry = self._find(account)
         # the same answer for an unknown account and a wrong token: nobody learns which accounts exist
-        if entry is None or not hmac.compare_digest(hash_token(asked.token), entry.terms.token_hash):
-            raise Refused(f"account {account!r}: unknown account or wrong token")
+        if entry is None or not _fits(asked.token, entry.terms):
+            raise Refused(f"account {_shown(account)}: unknown account or wrong token")
+        name = account if account.isprintable() else repr(account)
+        if type(key) is not int or type(count) is not int or type(digest) is not str:
+            raise Refused(f"account {name}: key and count must be integers and the digest text")
+        if not -KEYS <= key < KEYS or not -KEYS <= count < KEYS:  # before they are printed, which may take too long
+            raise Refused(f"account {name}: key and count must be at least 0 and 1, and below {KEYS}")
         remaining = entry.terms.budget - entry.spent
         paid = entry.grants.get(key)
         if paid is not None:
-            if paid != (count, asked.digest):
-                raise Refused(f"account {account}: key {key} was used for other images")
+            if paid != (count, digest):
+                raise Refused(f"account {name}: key {key} was used for other images")
             return Grant(count, fresh=False, remaining=remaining)
         if key < 0 or count < 1:
-            raise Refused(f"account {account}: key {key} and count {count} must be at least 0 and 1")
+            raise Refused(f"account {name}: key {key} and count {count} must be at least 0 and 1")
         if count > remaining:
-            raise Refused(f"account {account}: {count} images asked, {remaining} of {entry.terms.budget} remain")
-        entry.grants[key] = (count, asked.digest)
+            raise Refused(f"account {name}: {count} images asked, {remaining} of {entry.terms.budget} remain")
+        entry.grants[key] = (count, digest)
         entry.spent += count
         return Grant(count, fresh=True, remaining=remaining - count)
 
     def terms(self, account: str) -> Terms:
         """What the account was opened for."""
-        if account not in self._accounts:
-            raise Refused(f"account {account!r}: unknown account or wrong token")
-        return self._accounts[account].terms
+        entry = self._find(account)
+        if entry is None:
+            raise Refused(f"account {_shown(account)}: unknown account or wrong token")
+        return entry.terms
 
     def spent(self, account: str) -> int:
         """Images charged to the account so far; 0 for an unknown one."""
@@ -209,25 +238,63 @@ class Ledger:
             os.lseek(self._file, start, os.SEEK_SET)
             raise
 
+    def _find(self, account: str) -> _Account | None:
+        return self._accounts.get(account) if type(account) is str else None
+
+    def _lock(self) -> None:
+        """Waits until no other process has the log."""
+        deadline = time.monotonic() + PATIENCE
+        while not try_lock(self._file):
+            if time.monotonic() > deadline:
+                raise InputError(f"{self._path}: another process has had this account for {PATIENCE:g} s; end it first")
+            time.sleep(0.05)
+
     def _replay(self) -> int:
         """Rebuilds the accounts from the log; returns where its last whole record ends."""
-        data = self._path.read_bytes()
+        with open(self._file, "rb", closefd=False) as log:
+            data = log.read()
+        lines = data.split(b"\n")
+        torn = lines.pop()
         end = 0
-        for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        for number, line in enumerate(lines, start=1):
             record = _parse(line)
-            if record is None:
-                if end + len(line) < len(data):
-                    raise InputError(f"{self._path}: line {number} is damaged and is not the last; restore the file")
-                break
+            if record is None or not self._take(record):
+                raise InputError(f"{self._path}: line {number} is damaged; restore the file from a copy")
+            end += len(line) + 1
+        # all of a record and then something else than the end of its line is no kill's doing
+        if _parse(torn[:-1]) is not None:
+            raise InputError(f"{self._path}: line {len(lines) + 1} is damaged; restore the file from a copy")
+        return end
+
+    def _take(self, record: dict[str, Any]) -> bool:
+        """Takes over a record of the log; whether it can be one of this log's."""
+        with contextlib.suppress(KeyError, TypeError):
             if "open" in record:
                 name = record.pop("open")
+                if name in self._accounts:
+                    return False
                 self._accounts[name] = _Account(Terms(**record))
-            else:
-                entry = self._accounts[record["a"]]
-                entry.grants[record["k"]] = (record["n"], record["d"])
-                entry.spent += record["n"]
-            end += len(line)
-        return end
+                return True
+            entry, key, count = self._accounts[record["a"]], record["k"], record["n"]
+            if key in entry.grants or not 1 <= count <= entry.terms.budget - entry.spent:
+                return False
+            entry.grants[key] = (count, record["d"])
+            entry.spent += count
+            return True
+        return False
+
+
+def _fits(token: str, terms: Terms) -> bool:
+    """Whether a token is the account's, in a time that does not depend on it."""
+    try:
+        return hmac.compare_digest(hash_token(token), terms.token_hash)
+    except (AttributeError, TypeError, UnicodeError):  # not text, or none that can be written
+        return False
+
+
+def _shown(account: object) -> str:
+    """An account that somebody named, as part of a message of one line."""
+    return repr(account[:SHOWN]) if type(account) is str else f"of type {type(account).__name__}"
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -236,11 +303,9 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a whole, undamaged line, else None."""
-    if not line.endswith(b"\n") or line[8:9] != b" ":
-        return None
-    body = line[9:-1]
-    if line[:8] != b"%08x" % zlib.crc32(body):
+    """The record of a whole, undamaged line without its end, else None."""
+    body = line[9:]
+    if line[8:9] != b" " or line[:8] != b"%08x" % zlib.crc32(body):
         return None
     record: dict[str, Any] = json.loads(body)
     return record

@@ -46,8 +46,7 @@ class LocalRun:
         use_one_thread()
         try:
             for spec in self._plan.benigns:
-                trained = self._train(spec)
-                self._collector.add_benign(spec, trained.model, trained.seconds, trained.started)
+                self._benign(spec)
             for spec in self._plan.victims:
                 self._display.rows(self._victim(spec))
             for scenario in self._directory.open_scenarios(self._plan):
@@ -69,14 +68,28 @@ class LocalRun:
         self._service.add(spec.id, owner.model)
         return owner
 
+    def _benign(self, spec: OwnerModel) -> None:
+        """Trains a benign model. Where that fails, all that needs it becomes rows with the error, each in its turn."""
+        try:
+            owner = self._train(spec)
+        except Exception as error:
+            self._failed[spec.id] = one_line(error)
+            return
+        self._collector.add_benign(spec, owner.model, owner.seconds, owner.started)
+
     def _victim(self, spec: OwnerModel) -> list[Row]:
+        if spec.benign.id in self._failed:
+            return self._lose(spec, self._failed[spec.benign.id])
         try:
             owner = self._train(spec)
         except Exception as error:  # whatever fails becomes a row
-            self._failed[spec.id] = one_line(error)
-            return self._collector.add_owner_failure(spec, self._failed[spec.id])
+            return self._lose(spec, one_line(error))
         assert owner.key is not None
         return self._collector.add_victim(spec, owner.model, owner.key, owner.seconds, owner.started)
+
+    def _lose(self, spec: OwnerModel, why: str) -> list[Row]:
+        self._failed[spec.id] = why
+        return self._collector.add_owner_failure(spec, why)
 
     def _scenario(self, scenario: Scenario) -> list[Row]:
         keys = [of for of in self._plan.keys_for(scenario) if of.id not in self._failed]
@@ -128,6 +141,7 @@ def run_config(config: RunConfig, out: Path | None = None, data_dir: Path | None
     """
     plan, world = prepare(config, data_dir)
     directory = RunDirectory.create(config, out)
-    with Display(Console(stderr=True), total=len(plan.scenarios), quiet=True) as display:
+    display = Display(Console(stderr=True), total=len(plan.scenarios), quiet=True)
+    with directory.held(), display:
         LocalRun(config, plan, world, directory, display).run()
     return directory.rows()

@@ -122,8 +122,12 @@ class Scenario:
 
     @cached_property
     def id(self) -> str:
-        """Of what decides the stolen model."""
-        stages = [stage.model_dump(mode="json") for stage in self.stages]
+        """Of what decides the stolen model. The victim's architecture is the same by its name as by none."""
+        own = {"architecture": None}
+        stages = [
+            stage.model_dump(mode="json") | (own if stage.architecture == self.victim.architecture else {})
+            for stage in self.stages
+        ]
         triggers = self.triggers_of.id if self.triggers_of else None
         return short_hash(self.victim.id, stages, triggers)
 

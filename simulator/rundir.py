@@ -1,6 +1,9 @@
 """A run's directory: what is where, and what of it is already done.
 
-run.json  config.yaml  results/  models/  keys/  ledger/  transfer/  report/  logs/
+run.json  config.yaml  results/  models/  keys/  ledger/  transfer/  report/  logs/  .lock
+
+One process works in it at a time, by a lock on ``.lock`` (see :func:`simulator.files.try_lock` for network file
+systems), which the system takes from a process that ends, however it ends.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ import itertools
 import json
 import os
 import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,13 +26,16 @@ from simulator.checkpoint import CheckpointFolder
 from simulator.config import RunConfig, read_config
 from simulator.data import Images
 from simulator.errors import InputError
-from simulator.files import write_atomically
+from simulator.files import try_lock, write_atomically
 from simulator.models import load_model, save_model
 from simulator.plan import OwnerModel, Plan, Scenario
 from simulator.results import Row, read_rows
 from simulator.simulate import Theft, TrainedOwner
 from simulator.tensorfile import read_tensors, write_tensors
 from simulator.watermarks.key import load_key, save_key
+
+#: the file that the process which works in a run's directory has locked
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,16 @@ class RunDirectory:
         """A new directory: ``out``, or ``runs/<time>_<name>``.
 
         Raises:
-            InputError: it exists and is not empty, or cannot be written.
+            InputError: it exists and is not empty, cannot be written, or another process is just making it.
         """
         path = out or _unused(Path("runs") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}_{config.name}")
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise InputError(
-                    f"{path}: exists and is not an empty directory; resume it with --resume, or name another"
-                )
-            (path / "logs").mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "config.yaml", config.to_yaml().encode())
+            _demand_unused(path)
+            path.mkdir(parents=True, exist_ok=True)
+            with _locked(path):
+                _demand_unused(path)  # it may have been made since
+                (path / "logs").mkdir(exist_ok=True)
+                write_atomically(path / "config.yaml", config.to_yaml().encode())
         except OSError as error:
             raise InputError(f"{path}: cannot write the run directory there: {error.strerror}") from None
         return cls(path.resolve())
@@ -67,6 +76,16 @@ class RunDirectory:
             raise InputError(f"{path}: cannot write the run directory there: permission denied")
         (path / "logs").mkdir(exist_ok=True)
         return cls(path.resolve()), read_config(str(path / "config.yaml"))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps every other process from working in the directory, inside the block.
+
+        Raises:
+            InputError: another process does so now.
+        """
+        with _locked(self.path):
+            yield
 
     @property
     def ledger(self) -> Path:
@@ -170,6 +189,25 @@ class RunDirectory:
 
     def _model(self, name: str) -> Path:
         return self.path / "models" / f"{name}.safetensors"
+
+
+def _demand_unused(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty directory; resume it with --resume, or name another")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not try_lock(file):
+            holder = os.read(file, 200).decode(errors="replace").strip() or "unknown"
+            raise InputError(f"{path}: in use by another process ({holder}); wait for its end or stop it")
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(file)
 
 
 def _unused(path: Path) -> Path:

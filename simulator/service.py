@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simulator.answers import answer_policy
 from simulator.errors import InputError
-from simulator.ledger import Ledger, digest_of
+from simulator.ledger import KEYS, Ledger, digest_of
 from simulator.models import Classifier
 from simulator.training import predict
 
@@ -52,9 +52,30 @@ class Query:
     images: NDArray[np.generic]
 
 
-def has_names(query: Query) -> bool:
-    """Whether a query's account and token are text, as they must be before anybody is asked about them."""
-    return isinstance(query.account, str) and isinstance(query.token, str)
+def check_form(query: object) -> None:
+    """Sees that a query names an account, a token and a key. What they are worth is the ledger's to say.
+
+    Raises:
+        MalformedQuery: it is no query, or one of the three is of another type, or the key out of range.
+    """
+    if type(query) is not Query:
+        raise MalformedQuery(f"{type(query).__name__} is not a query")
+    for name in ("account", "token"):
+        if type(getattr(query, name)) is not str:
+            raise MalformedQuery(f"query with {name} of type {type(getattr(query, name)).__name__}; allowed: text")
+    if type(query.key) is not int:
+        raise MalformedQuery(f"query key of type {type(query.key).__name__} is not an integer")
+    if not 0 <= query.key < KEYS:  # not printed: it may have millions of digits
+        raise MalformedQuery(f"query key {'below 0' if query.key < 0 else 'too large'}; allowed: 0 to {KEYS - 1}")
+
+
+def well_formed(query: object) -> bool:
+    """Whether :func:`check_form` finds nothing wrong with a query."""
+    try:
+        check_form(query)
+    except MalformedQuery:
+        return False
+    return True
 
 
 def check_images(images: object, channels: int, size: int) -> NDArray[np.generic]:
@@ -65,8 +86,9 @@ def check_images(images: object, channels: int, size: int) -> NDArray[np.generic
     """
     wanted = f"(1..{MAX_BATCH}, {channels}, {size}, {size}) uint8, or float32 in [0, 1]"
     if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
-        found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        found = str(images.dtype if isinstance(images, np.ndarray) else type(images).__name__)[:60]
         raise MalformedQuery(f"query of type {found}; allowed: {wanted}")
+    images = np.asarray(images)  # of a masked array all values count
     if images.ndim != 4 or images.shape[1:] != (channels, size, size) or not 1 <= len(images) <= MAX_BATCH:
         raise MalformedQuery(f"query of shape {images.shape}; allowed: {wanted}")
     if images.dtype == np.float32 and not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
@@ -101,21 +123,23 @@ class VictimService:
         """Checks the images against the victim's input; returns their digest.
 
         Raises:
-            MalformedQuery: see :func:`check_images`, an answer too large for a message, or a key that is no integer.
+            MalformedQuery: see :func:`check_form` and :func:`check_images`, or an answer too large for a message.
         """
+        check_form(query)
         spec = self._models[victim].spec
         images = check_images(query.images, spec.channels, spec.size)
         most = max(1, MAX_BYTES // (4 * spec.classes))
         if len(images) > most:
             raise MalformedQuery(f"query of {len(images)} images; allowed: 1..{most}, with {spec.classes} classes each")
-        if type(query.key) is not int:
-            raise MalformedQuery(f"query key {query.key!r} is not an integer")
         return digest_of(np.ascontiguousarray(images).data.cast("B"))
 
     def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
         """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for."""
-        # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides
+        # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides, which for
+        # numpy are contiguous where a dimension has one entry
         images = np.require(query.images, requirements=["C", "W"])
+        if min(images.strides) < 0:
+            images = images.copy()
         rows = answer_policy(labels)(self._predict(self._models[victim], torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers
@@ -136,7 +160,13 @@ class LocalTransport:
         self._service, self._ledger = service, ledger
 
     def send(self, query: Query) -> NDArray[np.float32]:
-        """The answer to one query."""
+        """The answer to one query.
+
+        Raises:
+            MalformedQuery: something is wrong with the query.
+            Refused: the ledger does not pay for it.
+        """
+        check_form(query)
         terms = self._ledger.terms(query.account)
         digest = self._service.check(terms.victim, query)
         self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)

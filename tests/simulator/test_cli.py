@@ -91,6 +91,7 @@ def test_every_preset_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) 
     [
         ("attacks", ["knockoff", "distillation", "Orekondy et al., CVPR 2019", "temperature=4.0"]),
         ("watermarks", ["deeptracer", "Yang et al., AAAI 2026", "margin="]),
+        ("removals", ["removals", "there are no removal attacks yet"]),
         ("models", ["naivenet", "lenet5", "vit"]),
         ("datasets", ["digits", "cifar10", "no download"]),
         ("presets", ["digits", "fashion-mnist"]),
@@ -419,6 +420,35 @@ def test_the_exit_status_of_the_process(process: Any, tiny_run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_do_not_run_in_one_directory_and_a_killed_one_leaves_it_free(
+    process: Any,
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "shared"
+    long = ["--set", "training.epochs=100000"]
+    running = process("run", str(tiny_config), "--local", "--out", "shared", *long)
+    while not (run / "run.json").exists():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.02)
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()}
+    for arguments in (["--resume", "shared"], ["--resume", "shared", "--local"], [str(tiny_config), "--out", "shared"]):
+        assert main(["run", *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert f"in use by another process (process {running.pid} on " in err or "not an empty directory" in err
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before
+    running.kill()
+    running.wait()
+    directory, _ = RunDirectory.resume(run)
+    with directory.held():
+        pass
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 def test_an_interrupted_run_says_so_and_is_resumed(
     process: Any, where: str, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -436,6 +466,7 @@ def test_an_interrupted_run_says_so_and_is_resumed(
     assert "exsim run --resume interrupted" in out
     assert err == ""
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert not (run / "checkpoints" / "test.safetensors").exists()
     kept = {row.identity: row for row in read_rows(run)}
     assert 0 < len(kept) < 8
     monkeypatch.chdir(tmp_path)

@@ -24,13 +24,13 @@ from simulator.ledger import Ledger, digest_of
 from simulator.local import LocalRun
 from simulator.models import load_model
 from simulator.oracle import ModelOracle, Oracle, ServiceOracle
-from simulator.plan import Plan, Scenario, make_plan
+from simulator.plan import OwnerModel, Plan, Scenario, make_plan
 from simulator.pools import Pool
 from simulator.preflight import load_world
 from simulator.progress import Progress, silent
 from simulator.results import Row
 from simulator.rundir import RunDirectory
-from simulator.simulate import World, run_scenario
+from simulator.simulate import TrainedOwner, World, run_scenario, train_owner
 from simulator.training import predict
 from simulator.watermarks.base import Embedding
 from simulator.watermarks.deeptracer import DeepTracer
@@ -541,6 +541,32 @@ class TestFailure:
         assert Counter(row.status for row in run.rows()) == {"failed": 5, "ok": 6}
         assert run.go()
         assert Counter(row.role for row in run.rows()) == {"benign": 2, "victim": 2, "stolen": 8}
+
+    def test_a_benign_model_that_fails_takes_all_of_its_seed_along_and_is_tried_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = run_of(tmp_path / "run", seeds=[0, 1], scenarios=SHORT_GRID[:1])
+        with monkeypatch.context() as patched:
+
+            def unlucky(spec: OwnerModel, *arguments: Any) -> TrainedOwner:
+                if spec.watermark is None and spec.seed == 1:
+                    raise RuntimeError("diverged\n at once")
+                return train_owner(spec, *arguments)
+
+            patched.setattr("simulator.local.train_owner", unlucky)
+            assert not run.go()
+        for row in run.rows():
+            assert row.error == (
+                None
+                if row.seed == 0
+                else "RuntimeError: diverged at once"
+                if row.role == "victim"
+                else "its victim could not be trained: RuntimeError: diverged at once"
+            )
+        failed = Counter(row.role for row in run.rows() if row.status == "failed")
+        assert failed == {"victim": 1, "stolen": len(run.plan.scenarios) // 2}
+        assert run.go()
+        assert Counter(row.role for row in run.rows()) == {"benign": 2, "victim": 2, "stolen": len(run.plan.scenarios)}
 
 
 def test_without_controls_nobody_steals_from_the_benign_model(tmp_path: Path) -> None:

@@ -115,6 +115,17 @@ def test_what_the_thief_changes_changes_the_scenario_only(changes: dict[str, Any
     assert before.victim.id == after.victim.id
 
 
+def test_the_victims_architecture_is_the_same_by_its_name_as_by_none() -> None:
+    """The id is that of none, by which published runs have drawn their randomness."""
+    assert theft(architecture="naivenet").id == theft(architecture=None).id == theft().id
+    assert theft(architecture="lenet5").id != theft().id
+    assert len(plan(scenarios=[THEFT | {"architecture": [None, "naivenet", "lenet5"]}], controls=False).scenarios) == 2
+    stages = [plan(scenarios=[{"stages": [THEFT, THEFT | {"architecture": name}]}]) for name in (None, "naivenet")]
+    assert ids(stages[0]) == ids(stages[1])
+    changed = plan(architecture="lenet5", scenarios=[THEFT | {"architecture": ["lenet5", "naivenet"]}], controls=False)
+    assert len(changed.scenarios) == 2
+
+
 def test_stages_count_with_their_order() -> None:
     one, two = THEFT, THEFT | {"attack": "distillation"}
     (first,) = plan(scenarios=[{"stages": [one, two]}], controls=False).scenarios

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -102,6 +106,49 @@ class TestCreate:
         path = tmp_path / "absent" if missing else tmp_path
         with pytest.raises(InputError, match="not a run directory"):
             RunDirectory.resume(path)
+
+
+class TestLock:
+    def test_a_second_process_is_told_who_has_it(self, directory: RunDirectory) -> None:
+        """An open file stands for the process: locks belong to it."""
+        with directory.held():
+            with pytest.raises(InputError, match=rf"in use by another process \(process {os.getpid()} on ") as caught:
+                RunDirectory.resume(directory.path)[0].held().__enter__()
+            assert len(str(caught.value).splitlines()) == 1
+        with directory.held():
+            pass
+
+    def test_an_end_by_an_error_gives_it_back(self, directory: RunDirectory) -> None:
+        with pytest.raises(KeyboardInterrupt), directory.held():
+            raise KeyboardInterrupt
+        with directory.held():
+            pass
+
+    def test_of_several_that_make_the_same_directory_one_does(self, config: RunConfig, tmp_path: Path) -> None:
+        start = Barrier(4)
+
+        def make(_: int) -> str:
+            start.wait()
+            try:
+                RunDirectory.create(config, tmp_path / "same")
+            except InputError as error:
+                return str(error)
+            return "made"
+
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(make, range(4)))
+        assert found.count("made") == 1
+        assert all("not an empty directory" in each or "in use" in each for each in found if each != "made")
+
+    def test_a_file_system_without_locks_is_not_refused(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def none(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "no locks available")
+
+        monkeypatch.setattr("simulator.files.fcntl.flock", none)
+        with directory.held(), directory.held():
+            pass
 
 
 class TestTokens:
