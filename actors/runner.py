@@ -106,7 +106,7 @@ class RayRun:
         self._shelf: Any = ShelfActor.options(**pinned).remote(str(directory.path))
         self._keeper: Any = KeeperActor.options(**pinned).remote(str(directory.path))
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
-        directory.save_test(world.dataset.test)
+        directory.save_test(world.dataset.test, world.dataset.attacker if config.detectors else None)
         self._collector: Any = CollectorActor.options(**layout.collector.options(), **pinned).remote(
             str(directory.path), config, world.dataset.name
         )
@@ -268,8 +268,8 @@ class RayRun:
         worker = [attacker]
 
         def start() -> list[ObjectRef[Any]]:
-            record = self._config.save_transfer_sets
-            return list(worker[-1].run.options(num_returns=2).remote(scenario, tokens, triggers, record))
+            record, detectors = self._config.save_transfer_sets, self._config.detectors
+            return list(worker[-1].run.options(num_returns=2).remote(scenario, tokens, triggers, record, detectors))
 
         def again() -> list[ObjectRef[Any]]:
             worker.append(self._new_attacker())

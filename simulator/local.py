@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from simulator.checkpoint import NO_CHECKPOINT
 from simulator.collector import Collector
 from simulator.config import RunConfig
 from simulator.display import Display
@@ -33,7 +32,9 @@ class LocalRun:
         self._device = choose_device(config.device)
         self._owners: dict[str, TrainedOwner] = {}
         self._failed: dict[str, str] = {}
-        self._collector = Collector(directory.path, config, world.dataset.name, world.dataset.test)
+        self._collector = Collector(
+            directory.path, config, world.dataset.name, world.dataset.test, world.dataset.attacker
+        )
         self._ledger = Ledger(directory.ledger, sync=config.sync_ledger)
         self._service = VictimService(self._device)
         self._transport = LocalTransport(self._service, self._ledger)
@@ -91,7 +92,6 @@ class LocalRun:
         for account, token in tokens.items():
             self._ledger.open(account, scenario.terms(account, token))
         triggers = self._owners[scenario.triggers_of.id].triggers if scenario.triggers_of else None
-        record = self._config.save_transfer_sets
         try:
             with self._display.task(scenario.label, scenario.budget, lambda: self._spent(scenario)) as progress:
                 theft = run_scenario(
@@ -102,8 +102,9 @@ class LocalRun:
                     triggers,
                     self._device,
                     progress,
-                    record=record,
-                    checkpoint=self._directory.checkpoints.checkpoint(scenario.id) if not record else NO_CHECKPOINT,
+                    record=self._config.save_transfer_sets,
+                    detectors=self._config.detectors,
+                    checkpoint=self._directory.checkpoints.checkpoint(scenario.id),
                 )
         except Exception as error:
             every = self._plan.keys_for(scenario)

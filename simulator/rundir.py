@@ -122,15 +122,19 @@ class RunDirectory:
             datetime.fromisoformat(header["started"]),
         )
 
-    def save_test(self, test: Images) -> None:
-        """Lays the test images ready for a collector in another process, until :meth:`clear_test`."""
+    def save_test(self, test: Images, held_out: Images | None = None) -> None:
+        """Lays the test images, and the attacker's where benign clients need them, ready for a collector in another
+        process, until :meth:`clear_test`."""
         tensors = {"images": test.images, "labels": test.labels}
+        if held_out is not None:
+            tensors |= {"held_out": held_out.images, "held_out_labels": held_out.labels}
         write_tensors(self.path / "checkpoints" / "test.safetensors", tensors, {"kind": "test"})
 
-    def load_test(self) -> Images:
+    def load_test(self) -> tuple[Images, Images | None]:
         """What :meth:`save_test` wrote."""
         tensors, _ = read_tensors(self.path / "checkpoints" / "test.safetensors", "the run's test images")
-        return Images(tensors["images"], tensors["labels"])
+        held_out = Images(tensors["held_out"], tensors["held_out_labels"]) if "held_out" in tensors else None
+        return Images(tensors["images"], tensors["labels"]), held_out
 
     def clear_test(self) -> None:
         """Removes what :meth:`save_test` wrote."""

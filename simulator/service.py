@@ -91,10 +91,15 @@ class VictimService:
         return digest_of(np.ascontiguousarray(images).data.cast("B"))
 
     def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
-        """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for."""
+        """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for.
+
+        The noise of a mode that has some is drawn from the victim's id, the account's name and the key, so that it is
+        the same when the query is asked again, at whichever replica and in whichever run.
+        """
         # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides
         images = np.require(query.images, requirements=["C", "W"])
-        rows = answer_policy(labels)(predict(self._models[victim], torch.from_numpy(images)))
+        policy = answer_policy(labels, victim, query.account, query.key)
+        rows = policy(predict(self._models[victim], torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers
 
