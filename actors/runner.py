@@ -23,8 +23,8 @@ from ray.exceptions import RayError, RayTaskError
 from actors.board import BoardActor
 from actors.cluster import Layout, here
 from actors.ledger import LedgerActor
-from actors.stores import KeeperActor, ShelfActor
-from actors.victim import deploy
+from actors.stores import KeeperActor, LogFilesActor, ShelfActor
+from actors.victim import LogAddress, deploy
 from actors.workers import AttackerActor, CollectorActor, TrainerActor
 from simulator.config import RunConfig
 from simulator.display import Display, Task
@@ -110,6 +110,7 @@ class RayRun:
         self._collector: Any = CollectorActor.options(**layout.collector.options(), **pinned).remote(
             str(directory.path), config, world.dataset.name
         )
+        self._log: Any = LogFilesActor.options(**pinned).remote(str(directory.path)) if config.query_log else None
         self._workers: list[Any] = []
         self._world, self._world_for_attackers = ray.put(world), ray.put(world.for_attackers())
         self._handle: Any = None
@@ -134,7 +135,8 @@ class RayRun:
         try:
             self._start_trainings()
             layout = self._layout
-            self._handle = deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas)
+            log = LogAddress(self._log, self._plan.attacks) if self._log is not None else None
+            self._handle = deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas, log)
             self._attackers.extend(self._new_attacker() for _ in range(layout.attackers))
             self._start_thefts()
             while self._jobs:
@@ -143,9 +145,15 @@ class RayRun:
                     self._finish(ref)
                 self._refresh()
         finally:
-            serve.delete(self._app, _blocking=False)
-            for actor in (*self._workers, self._collector, self._keeper, self._shelf, self._board, self._ledger):
+            # the replicas write their query log to its end when they stop
+            serve.delete(self._app, _blocking=self._log is not None)
+            others = [self._collector, self._keeper, self._shelf, self._board, self._ledger]
+            for actor in (*self._workers, *others, *([self._log] if self._log is not None else [])):
                 ray.kill(actor)  # the cluster and this process may go on
+            if self._log is not None:
+                ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
+                self._directory.restore_query_log(self._plan, ledger)
+                ledger.close()
         self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 from ray import serve
 from ray.actor import ActorHandle
@@ -29,6 +31,7 @@ from simulator.errors import InputError
 from simulator.ledger import Request, Terms
 from simulator.models import from_bytes
 from simulator.oracle import MAX_BYTES
+from simulator.querylog import QueryLog
 from simulator.service import MalformedQuery, Query, VictimService
 
 #: messages that one replica holds at once; the rest wait at the client
@@ -44,11 +47,33 @@ PATIENCE = 120.0
 Answer = NDArray[np.float32] | InputError
 
 
+@dataclass(frozen=True)
+class LogAddress:
+    """Where a replica's query log goes: an actor's :class:`actors.stores.LogFiles`, and what stands in it."""
+
+    files: ActorHandle[Any]
+    attacks: Mapping[str, str]
+
+    def open(self) -> QueryLog:
+        """A log of this process."""
+        return QueryLog(self._write, self.attacks)
+
+    def _write(self, name: str, data: bytes) -> None:
+        ray.get(self.files.write.remote(name, data))
+
+
 class Victim:
     """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
 
-    def __init__(self, ledger: ActorHandle[Any], shelf: ActorHandle[Any], placement: Placement) -> None:
+    def __init__(
+        self,
+        ledger: ActorHandle[Any],
+        shelf: ActorHandle[Any],
+        placement: Placement,
+        log: LogAddress | None = None,
+    ) -> None:
         self._ledger, self._shelf = ledger, shelf
+        self._log = log.open() if log else None
         self._service = VictimService(settle(placement))
         self._terms: dict[str, Terms] = {}
 
@@ -57,25 +82,38 @@ class Victim:
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        started = time.perf_counter()
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
         grants = iter(await self._ledger.reserve_all.remote(requests) if requests else ())
         answers: list[Answer] = []
         for query, request in zip(queries, checked, strict=True):
-            refused = request if isinstance(request, InputError) else next(grants)
-            if isinstance(refused, InputError):
-                answers.append(refused)
-                continue
-            terms = self._terms[query.account]
-            answers.append(self._service.answer(terms.victim, terms.labels, query))
+            reply = request if isinstance(request, InputError) else next(grants)
+            if isinstance(reply, InputError):
+                answers.append(reply)
+            else:
+                terms = self._terms[query.account]
+                answers.append(self._service.answer(terms.victim, terms.labels, query))
+            if self._log is not None:
+                self._log.note(query, request.digest if isinstance(request, Request) else None, reply, started)
             await asyncio.sleep(0)  # others are checked and sent to the ledger between two answers
         return answers
+
+    def __del__(self) -> None:
+        """Serve calls this before it stops a replica: the log is written to its end."""
+        log: QueryLog | None = getattr(self, "_log", None)
+        if log is not None:
+            log.close()
 
     async def _checked(self, query: Query) -> Request | InputError:
         """What the ledger is asked for a query, or what is wrong with it."""
         terms = self._terms.get(query.account)
         if terms is None:
-            terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)
+            try:
+                terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)
+            except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
+                cause = refusal.cause if isinstance(refusal, RayTaskError) else refusal
+                return cause if isinstance(cause, InputError) else refusal
         if terms.victim not in self._service:
             self._service.add(terms.victim, from_bytes(await self._shelf.get.remote(terms.victim)))
         try:
@@ -91,6 +129,7 @@ def deploy(
     shelf: ActorHandle[Any],
     placement: Placement,
     replicas: int = 1,
+    log: LogAddress | None = None,
 ) -> DeploymentHandle[Victim]:
     """Starts the service as a Serve application without an HTTP door; returns its handle."""
     # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
@@ -104,7 +143,7 @@ def deploy(
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     handle: DeploymentHandle[Victim] = serve.run(
-        deployment.bind(ledger, shelf, placement), name=name, route_prefix=None
+        deployment.bind(ledger, shelf, placement, log), name=name, route_prefix=None
     )
     return handle
 

@@ -83,8 +83,8 @@ class Collector:
             error = f"the attacker counts {theft.queries} answered images, the ledger charged {charged}"
             return self.add_failure(scenario, error, charged, keys)
         if theft.detections:
-            attack, of_attack = "+".join(stage.attack.name for stage in scenario.stages), {"attack": theft.detections}
-            write_detections(self._run_dir, scenario.id, scenario.victim.id, of_attack, self._config_json, attack)
+            found: dict[Source, Sequence[Detection]] = {"attack": theft.detections}
+            write_detections(self._run_dir, scenario.id, scenario.victim.id, found, self._config_json, scenario.attack)
         rows = []
         for of in keys:
             columns = self._scenario_columns(scenario, of)
@@ -170,7 +170,7 @@ class Collector:
             "watermark": of.watermark.name,
             "watermark_params": of.watermark.params_json(),
             "architecture": last.architecture or scenario.victim.architecture,
-            "attack": "+".join(stage.attack.name for stage in stages),
+            "attack": scenario.attack,
             "attack_params": json.dumps(params if len(stages) > 1 else single, sort_keys=True),
             "labels": "+".join(dict.fromkeys(stage.labels for stage in stages)),
             "pool": " then ".join(dict.fromkeys(stage.pool_label for stage in stages)),

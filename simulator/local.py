@@ -16,6 +16,7 @@ from simulator.errors import one_line
 from simulator.ledger import Ledger
 from simulator.plan import OwnerModel, Plan, Scenario
 from simulator.preflight import prepare
+from simulator.querylog import QueryLog
 from simulator.results import Row
 from simulator.rundir import RunDirectory
 from simulator.service import LocalTransport, VictimService
@@ -37,7 +38,8 @@ class LocalRun:
         )
         self._ledger = Ledger(directory.ledger, sync=config.sync_ledger)
         self._service = VictimService(self._device)
-        self._transport = LocalTransport(self._service, self._ledger)
+        self._log = QueryLog(directory.query_log.write, plan.attacks) if config.query_log else None
+        self._transport = LocalTransport(self._service, self._ledger, self._log)
 
     def run(self) -> bool:
         """Runs everything that is not done yet; returns whether every row is good.
@@ -54,6 +56,9 @@ class LocalRun:
             for scenario in self._directory.open_scenarios(self._plan):
                 self._display.rows(self._scenario(scenario))
         finally:
+            if self._log is not None:
+                self._log.close()
+                self._directory.restore_query_log(self._plan, self._ledger)
             self._ledger.close()
         return all(row.status == "ok" for row in self._directory.rows())
 

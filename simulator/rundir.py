@@ -1,6 +1,6 @@
 """A run's directory: what is where, and what of it is already done.
 
-run.json  config.yaml  results/  models/  keys/  ledger/  transfer/  report/  logs/
+run.json  config.yaml  results/  detections/  models/  keys/  ledger/  queries/  transfer/  report/  logs/
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from simulator.checkpoint import CheckpointFolder
 from simulator.config import RunConfig, read_config
 from simulator.data import Images
 from simulator.errors import InputError
-from simulator.files import write_atomically
+from simulator.files import Folder, write_atomically
+from simulator.ledger import Ledger
 from simulator.models import load_model, save_model
 from simulator.plan import OwnerModel, Plan, Scenario
+from simulator.querylog import restore
 from simulator.results import Row, read_rows
 from simulator.simulate import Theft, TrainedOwner
 from simulator.tensorfile import read_tensors, write_tensors
@@ -77,6 +79,15 @@ class RunDirectory:
     def checkpoints(self) -> CheckpointFolder:
         """The state of work under way."""
         return CheckpointFolder(self.path / "checkpoints")
+
+    @property
+    def query_log(self) -> Folder:
+        """The parts of the query log."""
+        return Folder(self.path / "queries", ".parquet")
+
+    def restore_query_log(self, plan: Plan, ledger: Ledger) -> None:
+        """Adds to the query log what kills have swallowed (see :func:`simulator.querylog.restore`)."""
+        restore(self.path / "queries", ledger, plan.attacks)
 
     @cached_property
     def _secret(self) -> bytes:

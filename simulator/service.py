@@ -6,6 +6,7 @@ never computed for images that were not charged.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from simulator.answers import answer_policy
 from simulator.errors import InputError
 from simulator.ledger import Ledger, digest_of
 from simulator.models import Classifier
+from simulator.querylog import QueryLog
 from simulator.training import predict
 
 #: images in one query at most; a client cuts larger sets into chunks
@@ -107,15 +109,24 @@ class VictimService:
 class LocalTransport:
     """The service, its ledger and its client in one process."""
 
-    def __init__(self, service: VictimService, ledger: Ledger) -> None:
-        self._service, self._ledger = service, ledger
+    def __init__(self, service: VictimService, ledger: Ledger, log: QueryLog | None = None) -> None:
+        self._service, self._ledger, self._log = service, ledger, log
 
     def send(self, query: Query) -> NDArray[np.float32]:
         """The answer to one query."""
-        terms = self._ledger.terms(query.account)
-        digest = self._service.check(terms.victim, query)
-        self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
-        return self._service.answer(terms.victim, terms.labels, query)
+        started, digest = time.perf_counter(), None
+        try:
+            terms = self._ledger.terms(query.account)
+            digest = self._service.check(terms.victim, query)
+            grant = self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
+        except InputError as refusal:
+            if self._log is not None:
+                self._log.note(query, digest, refusal, started)
+            raise
+        answer = self._service.answer(terms.victim, terms.labels, query)
+        if self._log is not None:
+            self._log.note(query, digest, grant, started)
+        return answer
 
     def send_all(self, queries: list[Query]) -> list[NDArray[np.float32]]:
         """The answers to several queries, in their order."""

@@ -50,7 +50,7 @@ class PRADA(Detector):
     delta: float = Field(0.95, gt=0, lt=1, description="δ: an alarm at W below it")
     start: int = Field(100, ge=3, description="distances, outliers removed, above which W is looked at")
     every: int = Field(10, ge=1, description="queries between two looks at W")
-    outliers: float = Field(3.0, gt=0, description="standard deviations from the mean beyond which a distance is left out")
+    outliers: float = Field(3.0, gt=0, description="standard deviations beyond which a distance is left out")
     class_least: int = Field(10, ge=1, description="distances of a class below which it is left out")
 
     def watch(self) -> Watch:
@@ -146,9 +146,9 @@ class _Watch(Watch):
 class _Nearest:
     """The distance of each row of a block to its class's growing set, while that grows by rows of the block.
 
-    What is nearest in a set as it is before the block is found by one matrix product a class; the distance to it is then
-    the root of the squared differences, so that a query asked twice has the distance 0, and one asked a thousandth of a
-    pixel's range away, as attacks that estimate slopes do, its own.
+    What is nearest in a set as it is before the block is found by one matrix product a class; the distance to it is
+    then the root of the squared differences, so that a query asked twice has the distance 0, and one asked a thousandth
+    away, as attacks that estimate slopes do, its own.
     """
 
     def __init__(self, rows: Tensor, classes: list[int], known: dict[int, _Class]) -> None:
@@ -182,7 +182,8 @@ class _Nearest:
 def within(values: NDArray[np.float64], deviations: float) -> NDArray[np.float64]:
     """The values within so many of their standard deviations of their mean."""
     # not below, as the authors' code has it: equal values, whose deviation is 0, would all be left out
-    return values[np.abs(values - values.mean()) <= deviations * values.std()]
+    kept: NDArray[np.float64] = values[np.abs(values - values.mean()) <= deviations * values.std()]
+    return kept
 
 
 def normality(values: NDArray[np.float64]) -> float:
