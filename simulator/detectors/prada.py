@@ -133,7 +133,8 @@ class _Watch(Watch):
         distances = np.array(self._distances)
         if few:
             distances = distances[~np.isin(self._of, few)]
-        distances = within(distances, rule.outliers)
+        if len(distances) > rule.start:
+            distances = within(distances, rule.outliers)
         if len(distances) <= rule.start:
             return
         statistic = normality(distances)
