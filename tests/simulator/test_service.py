@@ -194,3 +194,23 @@ def test_the_ends_of_the_range_and_the_largest_batch_are_allowed() -> None:
     assert check_images(ends, 1, 2) is ends
     largest = np.zeros((MAX_BATCH, 1, 1, 1), np.uint8)
     assert check_images(largest, 1, 1) is largest
+
+
+def test_noise_depends_on_the_key_and_not_on_when_or_where_it_is_answered(model: Classifier, tmp_path: Path) -> None:
+    """Two services with ledgers and tokens of their own, asked in another order and twice, give the same answers."""
+    pictures = images(20)
+    found = []
+    for number, order in enumerate([(0, 1, 2), (2, 0, 2, 1, 0)]):
+        ledger = Ledger(tmp_path / str(number))
+        service = VictimService(torch.device("cpu"))
+        service.add("v", model)
+        for account in ("a", "b"):
+            ledger.open(account, Terms("v", "noise-1 then round-3", BUDGET, hash_token(f"secret {number}")))
+        transport = LocalTransport(service, ledger)
+        found.append({key: transport.send(query(pictures, key, "a", f"secret {number}")) for key in order})
+        assert ledger.spent("a") == 60
+        other = transport.send(query(pictures, 0, "b", f"secret {number}"))
+        assert not np.array_equal(other, found[-1][0]), "another account has other noise"
+        ledger.close()
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in range(3))
+    assert not np.array_equal(found[0][0], found[0][1]), "another key has other noise"

@@ -1,4 +1,4 @@
-"""PRADA against the plain reading of its algorithm, on samples whose answer is known, and its running cost in memory."""
+"""PRADA against the plain reading of its algorithm, and on samples whose answer is known."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def literally(images: Tensor, labels: Tensor, rule: PRADA) -> tuple[int | None, 
                 threshold[label] = max(threshold[label], float(np.mean(entered[label]) - np.std(entered[label])))
         if number % rule.every:
             continue
-        found = np.array([each for several in distances.values() if len(several) >= rule.class_least for each in several])
+        found = np.array(
+            [each for several in distances.values() if len(several) >= rule.class_least for each in several]
+        )
         if len(found):
             found = found[np.abs(found - found.mean()) <= rule.outliers * found.std()]
         if len(found) > rule.start:
