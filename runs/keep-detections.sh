@@ -14,7 +14,7 @@ WITH clients AS (
 thefts AS (SELECT DISTINCT scenario_id, attack, attack_params, labels, pool, accounts, seed FROM read_parquet('{run}/results/*.parquet') WHERE role = 'stolen')
 SELECT coalesce(attack, 'benign client') AS attack, attack_params, coalesce(pool, source) AS pool, labels, accounts, detector,
     count(*) AS clients, count(detected_at) AS noticed, median(detected_at) AS after, max(detected_at) AS latest, min(statistic) AS least
-FROM clients LEFT JOIN thefts ON scenario_id = id GROUP BY ALL ORDER BY attack = 'benign client', ALL
+FROM clients LEFT JOIN thefts ON scenario_id = id GROUP BY ALL
 """
 HEAD = "| attack | pool | labels | accounts | detector | noticed (clients) | 95 % interval | after, median | latest | least W |\n|---|---|---|---:|---|---:|---:|---:|---:|---:|\n"
 def differing(params, others):
@@ -28,6 +28,7 @@ for run in runs:
     commit = (info["git_commit"] or "unknown")[:12] + (" with changes" if info["git_dirty"] else "")
     text.append(f"`{shlex.join(['exsim', *info['argv'][1:]])}`\n\ncommit {commit}, seeds {info['seeds']}, status {info['status']}\n")
     rows = duckdb.sql(QUERY.format(run=run)).fetchall()
+    rows.sort(key=lambda row: (row[0] == "benign client", [str(cell) for cell in row[:6]]))
     lines = [HEAD]
     for attack, params, pool, labels, accounts, detector, clients, noticed, after, latest, least in rows:
         others = [row[1] for row in rows if row[0] == attack]
