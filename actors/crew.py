@@ -6,6 +6,7 @@ Nobody here decides what is done when; that is the runner's, or the sweep's. A c
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,8 @@ from ray import serve
 from actors.board import BoardActor
 from actors.cluster import Layout, here
 from actors.ledger import LedgerActor
-from actors.stores import KeeperActor, ShelfActor
-from actors.victim import deploy
+from actors.stores import KeeperActor, LogFilesActor, ShelfActor
+from actors.victim import LogAddress, deploy
 from actors.workers import AttackerActor, CollectorActor, TrainerActor
 from simulator.config import RunConfig
 from simulator.rundir import RunDirectory
@@ -42,6 +43,7 @@ class Crew:
     shelf: Any
     keeper: Any
     collector: Any
+    log: Any
     worlds: tuple[Any, Any]
     service: Any = None
     workers: list[Any] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Crew:
         """Starts all but the workers and the service; what reads or writes the directory, on this node."""
         path, pinned = str(directory.path), {"scheduling_strategy": here()}
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
-        directory.save_test(world.dataset.test)
+        directory.save_test(world.dataset.test, world.dataset.attacker if config.detectors else None)
         collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
         return cls(
             layout,
@@ -62,13 +64,18 @@ class Crew:
             shelf=ShelfActor.options(**pinned).remote(path),
             keeper=KeeperActor.options(**pinned).remote(path),
             collector=collector.remote(path, config, world.dataset.name),
+            log=LogFilesActor.options(**pinned).remote(path) if config.query_log else None,
             worlds=(ray.put(world), ray.put(world.for_attackers())),
         )
 
-    def serve(self) -> None:
-        """Starts the victims' service; returns when it answers."""
-        layout = self.layout
-        self.service = deploy(self.app, self.ledger, self.shelf, layout.victim, layout.replicas, self.precision)
+    def serve(self, attacks: Mapping[str, str]) -> None:
+        """Starts the victims' service; returns when it answers.
+
+        Args:
+            attacks: the attack's name of each account, for the query log.
+        """
+        layout, log = self.layout, LogAddress(self.log, attacks) if self.log is not None else None
+        self.service = deploy(self.app, self.ledger, self.shelf, layout.victim, layout.replicas, self.precision, log)
 
     def new_trainer(self) -> Any:
         """Starts another trainer."""
@@ -86,6 +93,8 @@ class Crew:
 
     def dismiss(self) -> None:
         """Ends the service and every actor: the cluster and this process may go on."""
-        serve.delete(self.app, _blocking=False)
-        for actor in (*self.workers, self.collector, self.keeper, self.shelf, self.board, self.ledger):
+        # the replicas write their query log to its end when they stop
+        serve.delete(self.app, _blocking=self.log is not None)
+        others = (self.collector, self.keeper, self.shelf, self.board, self.ledger, self.log)
+        for actor in (*self.workers, *(actor for actor in others if actor is not None)):
             ray.kill(actor)

@@ -116,7 +116,7 @@ class RayRun:
         """
         try:
             self._start_trainings()
-            self._crew.serve()
+            self._crew.serve(self._plan.attacks)
             self._attackers.extend(self._new_attacker() for _ in range(self._layout.attackers))
             self._start_thefts()
             while self._jobs:
@@ -126,6 +126,10 @@ class RayRun:
                 self._refresh()
         finally:
             self._crew.dismiss()
+            if self._config.query_log:
+                ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
+                self._directory.restore_query_log(self._plan, ledger)
+                ledger.close()
             self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 
@@ -242,8 +246,8 @@ class RayRun:
         worker = [attacker]
 
         def start() -> list[ObjectRef[Any]]:
-            record = self._config.save_transfer_sets
-            return list(worker[-1].run.options(num_returns=2).remote(scenario, tokens, triggers, record))
+            record, detectors = self._config.save_transfer_sets, self._config.detectors
+            return list(worker[-1].run.options(num_returns=2).remote(scenario, tokens, triggers, record, detectors))
 
         def again() -> list[ObjectRef[Any]]:
             worker.append(self._new_attacker())

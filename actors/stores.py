@@ -39,5 +39,17 @@ class Keeper:
         self._folder.write(name, data)
 
 
+class LogFiles:
+    """The parts of the query log. A part that is written again replaces itself."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = Folder(Path(path) / "queries", ".parquet")
+
+    async def write(self, name: str, data: bytes) -> None:
+        """Writes a part."""
+        self._folder.write(name, data)
+
+
 ShelfActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Shelf)
+LogFilesActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LogFiles)
 KeeperActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Keeper)

@@ -17,10 +17,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from numpy.typing import NDArray
 from ray import serve
@@ -34,6 +36,7 @@ from actors.turns import Teller, Worker
 from simulator.errors import InputError
 from simulator.ledger import Grant, Request, Terms
 from simulator.models import from_bytes
+from simulator.querylog import QueryLog
 from simulator.service import MAX_BYTES, MalformedQuery, Precision, Query, VictimService, check_form, well_formed
 
 #: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
@@ -57,6 +60,21 @@ class Busy(InputError):
     """The account has too many messages under way; nothing was charged, and the message may come again."""
 
 
+@dataclass(frozen=True)
+class LogAddress:
+    """Where a replica's query log goes: an actor's :class:`actors.stores.LogFiles`, and what stands in it."""
+
+    files: ActorHandle[Any]
+    attacks: Mapping[str, str]
+
+    def open(self) -> QueryLog:
+        """A log of this process."""
+        return QueryLog(self._write, self.attacks)
+
+    def _write(self, name: str, data: bytes) -> None:
+        ray.get(self.files.write.remote(name, data))
+
+
 class Victim:
     """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
 
@@ -66,8 +84,10 @@ class Victim:
         shelf: ActorHandle[Any],
         placement: Placement,
         precision: Precision = "full",
+        log: LogAddress | None = None,
     ) -> None:
         self._ledger, self._shelf = ledger, shelf
+        self._log = log.open() if log else None
         self._service = VictimService(settle(placement), precision)
         self._terms: dict[str, Terms] = {}
         self._worker = Worker(lambda: torch.set_num_threads(1))
@@ -87,19 +107,24 @@ class Victim:
             return [Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica") for _ in queries]
         self._present.update(owners)
         try:
-            return await self._answered(queries)
+            return await self._answered(queries, time.perf_counter())
         finally:
             self._present.subtract(owners)
             for owner in owners:
                 if not self._present[owner]:
                     del self._present[owner]
 
-    async def _answered(self, queries: Sequence[Query]) -> list[Answer]:
+    async def _answered(self, queries: Sequence[Query], started: float) -> list[Answer]:
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
         grants = iter(await self._teller.reserve(requests) if requests else ())
         replies = [request if isinstance(request, InputError) else next(grants) for request in checked]
-        return await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+        answers = await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+        if self._log is not None:
+            for query, request, reply in zip(queries, checked, replies, strict=True):
+                if well_formed(query):
+                    self._log.note(query, request.digest if isinstance(request, Request) else None, reply, started)
+        return answers
 
     async def _reply(self, query: Query, granted: Grant | InputError) -> Answer:
         if isinstance(granted, InputError):
@@ -109,6 +134,12 @@ class Victim:
             query.account, granted.count, lambda: self._service.answer(terms.victim, terms.labels, query)
         )
 
+    def __del__(self) -> None:
+        """Serve calls this before it stops a replica: the log is written to its end."""
+        log: QueryLog | None = getattr(self, "_log", None)
+        if log is not None:
+            log.close()
+
     async def _checked(self, query: Query) -> Request | InputError:
         """What the ledger is asked for a query, or what is wrong with it."""
         try:
@@ -117,7 +148,11 @@ class Victim:
             return malformed
         terms = self._terms.get(query.account)
         if terms is None:
-            terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)
+            try:
+                terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)
+            except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
+                cause = refusal.cause if isinstance(refusal, RayTaskError) else refusal
+                return cause if isinstance(cause, InputError) else refusal
         if terms.victim not in self._service:
             self._service.add(terms.victim, from_bytes(await self._shelf.get.remote(terms.victim)))
         try:
@@ -134,6 +169,7 @@ def deploy(
     placement: Placement,
     replicas: int = 1,
     precision: Precision = "full",
+    log: LogAddress | None = None,
 ) -> DeploymentHandle[Victim]:
     """Starts the service as a Serve application without an HTTP door; returns its handle."""
     # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
@@ -148,7 +184,7 @@ def deploy(
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     handle: DeploymentHandle[Victim] = serve.run(
-        deployment.bind(ledger, shelf, placement, precision), name=name, route_prefix=None
+        deployment.bind(ledger, shelf, placement, precision, log), name=name, route_prefix=None
     )
     return handle
 

@@ -19,9 +19,10 @@ from ray.serve.handle import DeploymentHandle
 from actors.board import Posting
 from actors.devices import Placement, settle
 from actors.victim import ServeTransport, Victim
-from simulator.checkpoint import NO_CHECKPOINT, TimedCheckpoint
+from simulator.checkpoint import TimedCheckpoint
 from simulator.collector import Collector
 from simulator.config import RunConfig
+from simulator.detectors.base import Detector
 from simulator.models import from_bytes, to_bytes
 from simulator.plan import OwnerModel, Scenario
 from simulator.results import Row
@@ -77,7 +78,12 @@ class Attacker:
         self._device = settle(placement)
 
     def run(
-        self, scenario: Scenario, tokens: dict[str, str], triggers: KeySamples | None, record: bool
+        self,
+        scenario: Scenario,
+        tokens: dict[str, str],
+        triggers: KeySamples | None,
+        record: bool,
+        detectors: Sequence[Detector] = (),
     ) -> tuple[Theft, int]:
         """See :func:`simulator.simulate.run_scenario`; also the number of its queries, for the driver."""
         theft = run_scenario(
@@ -89,8 +95,8 @@ class Attacker:
             self._device,
             Posting(self._board, scenario.id),
             record=record,
-            # what was asked before a checkpoint is not in a transfer set that goes on from it
-            checkpoint=NO_CHECKPOINT if record else kept(self._keeper, scenario.id),
+            detectors=detectors,
+            checkpoint=kept(self._keeper, scenario.id),
         )
         theft.model.cpu()
         return theft, theft.queries
@@ -106,7 +112,8 @@ class CollectorService:
     def __init__(self, path: str, config: RunConfig, dataset_name: str) -> None:
         use_one_thread()
         self._directory = RunDirectory(Path(path))
-        self._collector = Collector(Path(path), config, dataset_name, self._directory.load_test())
+        test, held_out = self._directory.load_test()
+        self._collector = Collector(Path(path), config, dataset_name, test, held_out)
 
     def load_owner(self, spec: OwnerModel) -> Parts:
         """An owner's model that an earlier run of this directory has trained, as :meth:`Trainer.train` returns it."""

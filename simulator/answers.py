@@ -1,8 +1,20 @@
 """What a victim gives away: the answer modes that accounts are sold with.
 
-``soft`` (all probabilities), ``hard`` (one-hot of the top-1 label), ``top-K`` (the K largest probabilities) and
-``round-D`` (probabilities rounded to D digits). Truncated and rounded answers are scaled to sum to one again, so every
-answer is a probability row.
+- ``soft``: all probabilities;
+- ``hard``: one-hot of the top-1 label;
+- ``top-K``: the K largest probabilities (as ``top-3``), the others 0;
+- ``round-D``: probabilities rounded to D digits (as ``round-2``);
+- ``noise-S``: Gaussian noise of standard deviation S on the logits (as ``noise-0.5``).
+
+Steps are joined by `` then `` and taken in that order: ``noise-0.5 then top-3 then round-2``. After every step the
+answer is scaled to sum to one again, so every answer is a probability row.
+
+**Noise.** ``p'_k ∝ p_k · exp(S · g_k)`` with independent standard normal ``g_k``: normal noise on the logits, of which
+the probabilities show all that matters. It is the plainest randomised perturbation, not one of the optimised ones
+(the reverse sigmoid of Lee et al., 2018; MAD, Orekondy et al., ICLR 2020), and like MAD, unlike the reverse sigmoid, it
+may change the top-1 label. The noise is a function of the victim, the account and the query's key: a query that is
+asked again, because its answer was lost, gets the same answer, free of charge; the same image under another key is paid
+again and gets fresh noise, so whoever pays n times can average it down to S/√n.
 """
 
 from __future__ import annotations
@@ -17,8 +29,14 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from simulator.errors import InputError
+from simulator.seeding import generator_for
 
-_MODES = re.compile(r"soft|hard|top-([1-9][0-9]*)|round-([1-9])")
+#: between the steps of a mode
+THEN = " then "
+# no number has two spellings, for a mode is part of what a scenario's id is made of
+_STEPS = re.compile(r"hard|top-([1-9][0-9]*)|round-([1-9])|noise-(0\.[0-9]*[1-9]|[1-9][0-9]{0,2}(?:\.[0-9]*[1-9])?)")
+
+Step = Callable[[Tensor], Tensor]
 
 
 def check_labels(mode: str) -> str:
@@ -27,8 +45,14 @@ def check_labels(mode: str) -> str:
     Raises:
         InputError: no such mode.
     """
-    if not _MODES.fullmatch(mode):
-        raise InputError(f"{mode!r} is not one of soft, hard, top-K (as top-3), round-D (as round-2)")
+    steps = mode.split(THEN)
+    if mode != "soft" and not all(_STEPS.fullmatch(step) for step in steps):
+        raise InputError(
+            f"{mode!r} is not one of soft, hard, top-K (as top-3), round-D (as round-2), noise-S (as noise-0.5), "
+            "or several as 'top-3 then round-2'"
+        )
+    if "hard" in steps[:-1]:
+        raise InputError(f"{mode!r}: 'hard' leaves nothing for a later step, it may only stand last")
     return mode
 
 
@@ -36,22 +60,51 @@ def check_labels(mode: str) -> str:
 Labels = Annotated[str, AfterValidator(check_labels)]
 
 
-def answer_policy(mode: str) -> Callable[[Tensor], Tensor]:
-    """The function from probability rows ``(B, K)`` to the answer rows of a mode, float32 ``(B, K)`` summing to one."""
-    match = _MODES.fullmatch(check_labels(mode))
-    assert match is not None
-    if mode == "soft":
-        return lambda rows: rows
-    if mode == "hard":
-        return one_hot
-    if match[1]:
-        return lambda rows: _truncated(rows, int(match[1]))
-    return lambda rows: _rounded(rows, int(match[2]))
+def gives_labels(mode: str) -> bool:
+    """Whether answers of the mode are one-hot labels: it is, or ends with, ``hard``."""
+    return mode.split(THEN)[-1] == "hard"
+
+
+def keeps_zeros(mode: str) -> bool:
+    """Whether a 0 in an answer of the mode is the victim's own 0, and not a probability left out or rounded away."""
+    return all(step == "soft" or step.startswith("noise-") for step in mode.split(THEN))
+
+
+def answer_policy(mode: str, *query: object) -> Callable[[Tensor], Tensor]:
+    """The function from probability rows ``(B, K)`` to the answer rows of a mode, float32 ``(B, K)`` summing to one.
+
+    Args:
+        query: words that name the query (the victim, the account, the key). The noise of a mode that has some is drawn
+            from them and from the mode: the same words give the same noise.
+    """
+    steps = [_step(step, (mode, number, *query)) for number, step in enumerate(check_labels(mode).split(THEN))]
+
+    def policy(rows: Tensor) -> Tensor:
+        for step in steps:
+            rows = step(rows)
+        return rows
+
+    return policy
 
 
 def one_hot(rows: Tensor) -> Tensor:
     """One-hot rows of the top-1 label."""
     return F.one_hot(rows.argmax(1), rows.shape[1]).to(torch.float32)
+
+
+def _step(step: str, words: tuple[object, ...]) -> Step:
+    if step == "soft":
+        return lambda rows: rows
+    if step == "hard":
+        return one_hot
+    match = _STEPS.fullmatch(step)
+    assert match is not None
+    count, digits, deviation = match.groups()
+    if count:
+        return lambda rows: _truncated(rows, int(count))
+    if digits:
+        return lambda rows: _rounded(rows, int(digits))
+    return lambda rows: _noisy(rows, float(deviation), generator_for("noise", *words))
 
 
 def _truncated(rows: Tensor, count: int) -> Tensor:
@@ -64,3 +117,9 @@ def _rounded(rows: Tensor, digits: int) -> Tensor:
     total = rounded.sum(1, keepdim=True)
     # with many classes every probability may round to nothing; the label is then all that is left
     return torch.where(total > 0, rounded / total.clamp_min(1e-12), one_hot(rows))
+
+
+def _noisy(rows: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(rows.shape, generator=generator).mul_(deviation)
+    # in logits, where a large deviation cannot overflow; log 0 is -inf, which stays 0
+    return (rows.log() + noise).softmax(1)

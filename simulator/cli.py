@@ -236,11 +236,12 @@ def verify(model: Path, key: Path, threshold: float) -> int:
 @exsim.command("list")
 @click.argument("what", default="all")
 def list_(what: str) -> int:
-    """List attacks, watermarks, removals, models, datasets or presets."""
+    """List attacks, watermarks, detectors, removals, models, datasets or presets."""
     from simulator.attacks.base import ATTACKS
     from simulator.component import one_of
     from simulator.config import presets
     from simulator.data import describe_datasets
+    from simulator.detectors.base import DETECTORS
     from simulator.models import describe_models
     from simulator.watermarks.base import WATERMARKS
 
@@ -248,6 +249,7 @@ def list_(what: str) -> int:
         "attacks": lambda: _components(ATTACKS),
         "watermarks": lambda: _components(WATERMARKS),
         "removals": lambda: [("none", "there are no removal attacks yet")],
+        "detectors": lambda: _components(DETECTORS),
         "models": describe_models,
         "datasets": describe_datasets,
         "presets": lambda: list(presets().items()),

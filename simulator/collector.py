@@ -12,6 +12,8 @@ from torch import Tensor
 
 from simulator.config import RunConfig, StageConfig
 from simulator.data import Images
+from simulator.detections import Source, alarm_rate, detectors_json, watch_clients, write_detections
+from simulator.detectors.base import Detection, first_noticed
 from simulator.metrics import accuracy, agreement
 from simulator.models import Classifier
 from simulator.plan import BENIGN, OwnerModel, Scenario
@@ -30,10 +32,14 @@ class Collector:
         config: of the run.
         dataset_name: as it stands in the rows.
         test: the held-out images, which nobody else has.
+        held_out: the attacker's images, for benign clients to ask where detectors are configured.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, dataset_name: str, test: Images) -> None:
+    def __init__(
+        self, run_dir: Path, config: RunConfig, dataset_name: str, test: Images, held_out: Images | None = None
+    ) -> None:
         self._run_dir, self._config, self._dataset, self._test = run_dir, config, dataset_name, test
+        self._held_out = held_out
         self._config_json = config.to_json()
         self._labels: dict[str, Tensor] = {}
         self._keys: dict[str, KeySamples] = {}
@@ -59,7 +65,11 @@ class Collector:
         victim = self._owner_row(spec, spec, model, seconds, started)
         warnings = self._warnings(victim, benign, key)
         victim = victim.model_copy(
-            update={"false_trigger": key.info.get("false_trigger"), "warning": "; ".join(warnings) or None}
+            update={
+                "false_trigger": key.info.get("false_trigger"),
+                "warning": "; ".join(warnings) or None,
+                **self._false_alarms(spec, model),
+            }
         )
         return [self._write(benign), self._write(victim)]
 
@@ -72,6 +82,9 @@ class Collector:
         if theft.queries != charged:
             error = f"the attacker counts {theft.queries} answered images, the ledger charged {charged}"
             return self.add_failure(scenario, error, charged, keys)
+        if theft.detections:
+            found: dict[Source, Sequence[Detection]] = {"attack": theft.detections}
+            write_detections(self._run_dir, scenario.id, scenario.victim.id, found, self._config_json, scenario.attack)
         rows = []
         for of in keys:
             columns = self._scenario_columns(scenario, of)
@@ -91,9 +104,12 @@ class Collector:
         theft: Theft,
     ) -> Row:
         labels = predict_labels(model, self._test.images)
+        noticed = first_noticed(theft.detections)
         return Row(
             **columns,
             queries=queries,
+            detectors=detectors_json(tuple(dict.fromkeys(each.detector for each in theft.detections))),
+            detected_at=noticed if noticed is not None and noticed <= queries else None,
             accuracy=accuracy(labels, self._test.labels),
             agreement=agreement(labels, self._labels[scenario.victim.id]),
             **self._verdict_columns(model, of),
@@ -154,7 +170,7 @@ class Collector:
             "watermark": of.watermark.name,
             "watermark_params": of.watermark.params_json(),
             "architecture": last.architecture or scenario.victim.architecture,
-            "attack": "+".join(stage.attack.name for stage in stages),
+            "attack": scenario.attack,
             "attack_params": json.dumps(params if len(stages) > 1 else single, sort_keys=True),
             "labels": "+".join(dict.fromkeys(stage.labels for stage in stages)),
             "pool": " then ".join(dict.fromkeys(stage.pool_label for stage in stages)),
@@ -174,6 +190,21 @@ class Collector:
             "p_value": result.p_value,
             "verified": result.verified,
         }
+
+    def _false_alarms(self, spec: OwnerModel, model: Classifier) -> dict[str, Any]:
+        """The columns about the benign clients of a victim, simulated on the spot."""
+        detectors, clients = self._config.detectors, self._config.benign_clients
+        if not detectors or not clients.count:
+            return {}
+        found: dict[Source, list[Detection]] = {
+            "test": watch_clients(detectors, clients, self._test, self._labels[spec.id], spec.id, "test")
+        }
+        if self._held_out is not None:
+            labels = predict_labels(model, self._held_out.images)
+            found["held-out"] = watch_clients(detectors, clients, self._held_out, labels, spec.id, "held-out")
+        write_detections(self._run_dir, spec.id, spec.id, found, self._config_json)
+        rates = [rate for several in found.values() if (rate := alarm_rate(several)) is not None]
+        return {"detectors": detectors_json(detectors), "false_alarms": sum(rates) / len(rates)}
 
     def _warnings(self, victim: Row, benign: Row, key: KeySamples) -> list[str]:
         """What the owner has to know: a victim that lost accuracy, a key that the filter could not choose."""

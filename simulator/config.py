@@ -19,6 +19,7 @@ from simulator.answers import Labels
 from simulator.attacks.base import ATTACKS
 from simulator.component import Settings, describe, one_of
 from simulator.data import DataConfig
+from simulator.detectors.base import DETECTORS, BenignClients
 from simulator.errors import InputError
 from simulator.models import ARCHITECTURES
 from simulator.pools import PoolSpec
@@ -191,6 +192,9 @@ class RunConfig(Settings):
         device: ``auto`` uses GPUs where there are any; ``cuda`` demands one.
         save_transfer_sets: keep what every attacker asked and was answered, under ``transfer/``.
         sync_ledger: wait for the disk at every grant, so that the account survives a crash of the machine.
+        query_log: keep a log of every query under ``queries/`` (see :mod:`simulator.querylog`).
+        detectors: watch every account with each of them; see the columns ``detected_at`` and ``false_alarms``.
+        benign_clients: whom the false alarms are counted on.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
@@ -208,6 +212,9 @@ class RunConfig(Settings):
     resources: Resources = Resources()
     save_transfer_sets: bool = False
     sync_ledger: bool = False
+    query_log: bool = False
+    detectors: tuple[DETECTORS.field(), ...] = ()  # type: ignore[valid-type]
+    benign_clients: BenignClients = BenignClients()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> RunConfig:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from simulator.checkpoint import NO_CHECKPOINT
 from simulator.collector import Collector
 from simulator.config import RunConfig
 from simulator.display import Display
@@ -17,6 +16,7 @@ from simulator.errors import one_line
 from simulator.ledger import Ledger
 from simulator.plan import OwnerModel, Plan, Scenario
 from simulator.preflight import prepare
+from simulator.querylog import QueryLog
 from simulator.results import Row
 from simulator.rundir import RunDirectory
 from simulator.service import LocalTransport, VictimService
@@ -33,10 +33,13 @@ class LocalRun:
         self._device = choose_device(config.device)
         self._owners: dict[str, TrainedOwner] = {}
         self._failed: dict[str, str] = {}
-        self._collector = Collector(directory.path, config, world.dataset.name, world.dataset.test)
+        self._collector = Collector(
+            directory.path, config, world.dataset.name, world.dataset.test, world.dataset.attacker
+        )
         self._ledger = Ledger(directory.ledger, sync=config.sync_ledger)
         self._service = VictimService(self._device, config.resources.precision)
-        self._transport = LocalTransport(self._service, self._ledger)
+        self._log = QueryLog(directory.query_log.write, plan.attacks) if config.query_log else None
+        self._transport = LocalTransport(self._service, self._ledger, self._log)
 
     def run(self) -> bool:
         """Runs everything that is not done yet; returns whether every row is good.
@@ -52,6 +55,9 @@ class LocalRun:
             for scenario in self._directory.open_scenarios(self._plan):
                 self._display.rows(self._scenario(scenario))
         finally:
+            if self._log is not None:
+                self._log.close()
+                self._directory.restore_query_log(self._plan, self._ledger)
             self._ledger.close()
         return all(row.status == "ok" for row in self._directory.rows())
 
@@ -104,7 +110,6 @@ class LocalRun:
         for account, token in tokens.items():
             self._ledger.open(account, scenario.terms(account, token))
         triggers = self._owners[scenario.triggers_of.id].triggers if scenario.triggers_of else None
-        record = self._config.save_transfer_sets
         try:
             with self._display.task(scenario.label, scenario.budget, lambda: self._spent(scenario)) as progress:
                 theft = run_scenario(
@@ -115,8 +120,9 @@ class LocalRun:
                     triggers,
                     self._device,
                     progress,
-                    record=record,
-                    checkpoint=self._directory.checkpoints.checkpoint(scenario.id) if not record else NO_CHECKPOINT,
+                    record=self._config.save_transfer_sets,
+                    detectors=self._config.detectors,
+                    checkpoint=self._directory.checkpoints.checkpoint(scenario.id),
                 )
         except Exception as error:
             every = self._plan.keys_for(scenario)

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from simulator.answers import answer_policy
+from simulator.detectors.base import Detection, Detector, Watch, detections
 from simulator.errors import InputError
 from simulator.service import MAX_BYTES, Query
 from simulator.training import predict
@@ -28,7 +29,7 @@ class BudgetExhausted(InputError):
 class Oracle(Protocol):
     """Black-box access to a victim."""
 
-    #: answer mode: "soft", "hard", "top-K" or "round-D"
+    #: answer mode (see :mod:`simulator.answers`)
     labels: str
     #: K, the length of an answer row
     classes: int
@@ -71,6 +72,7 @@ class ServiceOracle:
 
     Args:
         record: keep what was asked and answered, for :meth:`transfer_set`.
+        watched: the detectors that look at what the account asks.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class ServiceOracle:
         shape: tuple[int, int, int],
         budget: int,
         record: bool = False,
+        watched: Sequence[tuple[Detector, Watch]] = (),
     ) -> None:
         self.labels, self.classes, self.shape, self.budget = labels, classes, shape, budget
         self.asked = 0
@@ -91,6 +94,7 @@ class ServiceOracle:
         self._transport, self._token = transport, token
         self._key = 0
         self._record = record
+        self._watched = watched
         self._transcript: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -114,7 +118,13 @@ class ServiceOracle:
         self.asked += len(images)
         if self._record:
             self._transcript.append((images.clone(), answers))
+        for _, watch in self._watched:
+            watch.see(images, answers.argmax(1))
         return answers
+
+    def detections(self) -> list[Detection]:
+        """What the detectors have found."""
+        return detections(self.account, self._watched)
 
     def counters(self) -> tuple[int, int]:
         """Images asked and the next key, for a checkpoint."""
@@ -206,7 +216,7 @@ class ModelOracle:
     ) -> None:
         self.labels, self.classes, self.shape, self.budget = labels, classes, shape, budget
         self.asked = 0
-        self._model, self._policy = model, answer_policy(labels)
+        self._model = model
 
     @property
     def remaining(self) -> int:
@@ -217,6 +227,7 @@ class ModelOracle:
         """See :class:`Oracle`."""
         if len(images) > self.remaining:
             raise BudgetExhausted(f"{len(images)} images asked, {self.remaining} of {self.budget} remain")
+        policy = answer_policy(self.labels, "model", self.asked)
         self.asked += len(images)
         # a copy, for autograd does not take what was made in inference mode
-        return self._policy(predict(self._model, images)).clone()
+        return policy(predict(self._model, images)).clone()

@@ -100,11 +100,15 @@ class Scenario:
         return self.stages[0].budget
 
     @property
+    def attack(self) -> str:
+        """Its attacks as they stand in a row."""
+        return "+".join(stage.attack.name for stage in self.stages)
+
+    @property
     def label(self) -> str:
         """How progress lines call it."""
-        attack = "+".join(stage.attack.name for stage in self.stages)
         victim = self.victim.watermark.name if self.victim.watermark else BENIGN
-        return f"{attack} {self.stages[0].labels} {self.stages[0].pool_label} from {victim} (seed {self.seed})"
+        return f"{self.attack} {self.stages[0].labels} {self.stages[0].pool_label} from {victim} (seed {self.seed})"
 
     @property
     def accounts(self) -> dict[str, int]:
@@ -139,6 +143,11 @@ class Plan:
     benigns: tuple[OwnerModel, ...]
     victims: tuple[OwnerModel, ...]
     scenarios: tuple[Scenario, ...]
+
+    @property
+    def attacks(self) -> dict[str, str]:
+        """The attack behind every account, as it stands in the rows."""
+        return {account: scenario.attack for scenario in self.scenarios for account in scenario.accounts}
 
     def keys_for(self, scenario: Scenario) -> tuple[OwnerModel, ...]:
         """The victims whose keys a scenario's stolen model is measured with: its own, or for a control all of its

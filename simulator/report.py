@@ -7,6 +7,7 @@ anywhere, at any time, also of a run that still goes on.
 from __future__ import annotations
 
 import html
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +63,31 @@ def columns(found: Sequence[Line]) -> list[Column]:
         Column("control", "control WSR %", _control),
         Column("verified", "verified", _verified),
         Column("agreement", "agreement %", lambda line: _rate(line.rows, "agreement")),
+        Column("detected_at", "noticed after", _noticed),
+        Column("false_alarms", "false alarms %", lambda line: _rate(line.rows, "false_alarms")),
         Column("false_trigger", "false trigger %", lambda line: _rate(line.rows, "false_trigger")),
     ]
     needed = ("watermark", "attack", "accuracy", "wsr", "control", "verified")
     return [column for column in every if column.key in needed or any(column.cell(line) != NONE for line in found)]
 
 
+# Known of victims alone: where space is dear they stand with the victim, not in columns.
+_OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
+
 # What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell.
 _GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "verified", "labels")
+
+
+def _noticed(line: Line) -> str:
+    """After how many answered images a detector noticed the theft: the median over the seeds in which one did."""
+    watched = [row for row in line.rows if row.role == "stolen" and row.detectors is not None]
+    times = [row.detected_at for row in watched if row.detected_at is not None]
+    if not watched:
+        return NONE
+    if not times:
+        return "never"
+    part = f" ({len(times)} of {len(watched)})" if len(watched) > 1 else ""
+    return f"{_count(round(statistics.median(times)))}{part}"
 
 
 def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
@@ -78,7 +96,7 @@ def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
     What does not fit leaves, columns that say the same of every attack first; a note below the table says so.
     """
     found = lines(rows)
-    shown = [column for column in columns(found) if column.key != "false_trigger"]
+    shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
     apart = {column.key for column in shown} - set(_constant(found, shown))
     moved: list[Column] = []
     constant: list[str] = []
@@ -148,7 +166,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(info: RunInfo, found: Sequence[Line], config: str, svgs: dict[str, str], threshold: float) -> str:
-    shown = [column for column in columns(found) if column.key != "false_trigger"]
+    shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
     before = [column for column in shown if column.key in _SETTING]
     folder = Path(__file__).parent / "templates"
     environment = Environment(
@@ -163,7 +181,7 @@ def _page(info: RunInfo, found: Sequence[Line], config: str, svgs: dict[str, str
         facts=_facts(info),
         alarms=[*_alarms(info, found), *info.warnings, *doubts(found)],
         classes=_classes,
-        false_trigger=_false_trigger,
+        of_victims=_of_victims,
         columns=shown,
         before=before,
         after=[column for column in shown if column not in before],
@@ -241,14 +259,14 @@ def _cell(line: Line, column: Column, moved: Sequence[Column]) -> str:
         return _printable(column.cell(line))
     also = [value for value in (other.cell(line) for other in moved) if value != NONE]
     text = _printable(", ".join([column.cell(line), *also]))
-    rate = _false_trigger(line)
-    return text if rate is None else f"{text}, false\ntrigger {rate} %"
+    rates = [f"{label.replace(' ', chr(10))} {rate} %" for label, rate in _of_victims(line).items()]
+    return ", ".join([text, *rates])
 
 
-def _false_trigger(line: Line) -> str | None:
-    """Known of victims alone, so where space is dear it stands with the victim, not in a column."""
-    rate = _rate(line.rows, "false_trigger")
-    return None if rate == NONE else rate
+def _of_victims(line: Line) -> dict[str, str]:
+    """The rates that are known of victims alone, by their names."""
+    rates = {label: _rate(line.rows, key) for key, label in _OF_VICTIMS.items()}
+    return {label: rate for label, rate in rates.items() if rate != NONE}
 
 
 def _claim(line: Line, column: Column) -> str:

@@ -29,7 +29,7 @@ from simulator.errors import InputError
 
 S = TypeVar("S", bound=Settings)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BENIGN = "benign"  #: the ``victim`` of a control, and of a benign model itself
 
 
@@ -56,8 +56,11 @@ class Row(Settings):
     (of an attack in several stages a list of them, one a stage).
 
     ``watermark`` is the scheme whose key the model was measured with, ``victim`` whose answers were stolen: a victim's
-    id, or ``"benign"`` for a control (and for the benign model itself). Not every field applies to every role; what
-    does not apply, or failed before it was known, is None.
+    id, or ``"benign"`` for a control (and for the benign model itself). ``detectors`` is the JSON list of the detectors
+    that watched a theft's accounts, ``detected_at`` the images that an account had been answered when it was noticed,
+    the least of all accounts and detectors (None: never), ``false_alarms`` the share of a victim's simulated benign
+    clients that they notice. Not every field applies to every role; what does not apply, or failed before it was known,
+    is None.
     """
 
     scenario_id: ScenarioId
@@ -88,6 +91,9 @@ class Row(Settings):
     verified: bool | None = None
     seconds: Annotated[float, Field(ge=0)] | None = None
     false_trigger: Fraction | None = None
+    detectors: str | None = None
+    detected_at: Count | None = None
+    false_alarms: Fraction | None = None
     warning: str | None = None
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
@@ -155,6 +161,9 @@ SCHEMA = pa.schema(
         pa.field("verified", pa.bool_()),
         pa.field("seconds", _RATE),
         pa.field("false_trigger", _RATE),
+        pa.field("detectors", _TEXT),
+        pa.field("detected_at", pa.int64()),
+        pa.field("false_alarms", _RATE),
         pa.field("warning", _TEXT),
         pa.field("status", _TEXT, nullable=False),
         pa.field("error", _TEXT),
@@ -183,7 +192,7 @@ def write_row(run_dir: Path, row: Row, config_json: str) -> Path:
     """
     digest = hashlib.sha256("\0".join(row.identity).encode()).hexdigest()[:10]
     path = run_dir / "results" / f"part-{row.scenario_id}-{digest}.parquet"
-    return _write_part(path, [row], SCHEMA, config_json)
+    return write_part(path, [row], SCHEMA, config_json)
 
 
 def read_rows(run_dir: Path) -> list[Row]:
@@ -230,7 +239,7 @@ def write_curve(run_dir: Path, points: Sequence[CurvePoint], config_json: str) -
     ids = {point.scenario_id for point in points}
     if len(ids) != 1:
         raise ValueError(f"a curve holds the points of one scenario, found {len(ids)}")
-    return _write_part(run_dir / "curves" / f"part-{ids.pop()}.parquet", points, CURVE_SCHEMA, config_json)
+    return write_part(run_dir / "curves" / f"part-{ids.pop()}.parquet", points, CURVE_SCHEMA, config_json)
 
 
 def read_curves(run_dir: Path) -> list[CurvePoint]:
@@ -243,7 +252,8 @@ def read_curves(run_dir: Path) -> list[CurvePoint]:
     return sorted(points, key=lambda point: (point.scenario_id, point.queries))
 
 
-def _write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, config_json: str) -> Path:
+def write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, config_json: str) -> Path:
+    """Write records as one Parquet file, atomically, with the schema version and the config in its metadata."""
     metadata = {"exsim.schema_version": str(SCHEMA_VERSION), "exsim.config": config_json}
     part = pa.Table.from_pylist([record.model_dump() for record in records], schema=schema.with_metadata(metadata))
     _replace(path, lambda file: pq.write_table(part, file))

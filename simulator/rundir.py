@@ -1,6 +1,6 @@
 """A run's directory: what is where, and what of it is already done.
 
-run.json  config.yaml  results/  models/  keys/  ledger/  transfer/  report/  logs/  .lock
+run.json  config.yaml  results/  detections/  models/  keys/  ledger/  queries/  transfer/  report/  logs/  .lock
 
 One process works in it at a time, by a lock on ``.lock`` (see :func:`simulator.files.try_lock` for network file
 systems), which the system takes from a process that ends, however it ends.
@@ -26,9 +26,11 @@ from simulator.checkpoint import CheckpointFolder
 from simulator.config import RunConfig, read_config
 from simulator.data import Images
 from simulator.errors import InputError
-from simulator.files import try_lock, write_atomically
+from simulator.files import Folder, try_lock, write_atomically
+from simulator.ledger import Ledger
 from simulator.models import load_model, save_model
 from simulator.plan import OwnerModel, Plan, Scenario
+from simulator.querylog import restore
 from simulator.results import Row, read_rows
 from simulator.simulate import Theft, TrainedOwner
 from simulator.tensorfile import read_tensors, write_tensors
@@ -97,6 +99,15 @@ class RunDirectory:
         """The state of work under way."""
         return CheckpointFolder(self.path / "checkpoints")
 
+    @property
+    def query_log(self) -> Folder:
+        """The parts of the query log."""
+        return Folder(self.path / "queries", ".parquet")
+
+    def restore_query_log(self, plan: Plan, ledger: Ledger) -> None:
+        """Adds to the query log what kills have swallowed (see :func:`simulator.querylog.restore`)."""
+        restore(self.path / "queries", ledger, plan.attacks)
+
     @cached_property
     def _secret(self) -> bytes:
         """The run's own secret, from which the accounts' tokens are made; readable by the owner alone."""
@@ -144,15 +155,19 @@ class RunDirectory:
             datetime.fromisoformat(header["started"]),
         )
 
-    def save_test(self, test: Images) -> None:
-        """Lays the test images ready for a collector in another process, until :meth:`clear_test`."""
+    def save_test(self, test: Images, held_out: Images | None = None) -> None:
+        """Lays the test images, and the attacker's where benign clients need them, ready for a collector in another
+        process, until :meth:`clear_test`."""
         tensors = {"images": test.images, "labels": test.labels}
+        if held_out is not None:
+            tensors |= {"held_out": held_out.images, "held_out_labels": held_out.labels}
         write_tensors(self.path / "checkpoints" / "test.safetensors", tensors, {"kind": "test"})
 
-    def load_test(self) -> Images:
+    def load_test(self) -> tuple[Images, Images | None]:
         """What :meth:`save_test` wrote."""
         tensors, _ = read_tensors(self.path / "checkpoints" / "test.safetensors", "the run's test images")
-        return Images(tensors["images"], tensors["labels"])
+        held_out = Images(tensors["held_out"], tensors["held_out_labels"]) if "held_out" in tensors else None
+        return Images(tensors["images"], tensors["labels"]), held_out
 
     def clear_test(self) -> None:
         """Removes what :meth:`save_test` wrote."""

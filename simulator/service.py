@@ -6,6 +6,7 @@ never computed for images that were not charged.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from simulator.answers import answer_policy
 from simulator.errors import InputError
 from simulator.ledger import KEYS, Ledger, digest_of
 from simulator.models import Classifier
+from simulator.querylog import QueryLog
 from simulator.training import predict
 
 #: images in one query at most; a client cuts larger sets into chunks
@@ -134,13 +136,18 @@ class VictimService:
         return digest_of(np.ascontiguousarray(images).data.cast("B"))
 
     def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
-        """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for."""
+        """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for.
+
+        The noise of a mode that has some is drawn from the victim's id, the account's name and the key, so that it is
+        the same when the query is asked again, at whichever replica and in whichever run.
+        """
         # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides, which for
         # numpy are contiguous where a dimension has one entry
         images = np.require(query.images, requirements=["C", "W"])
         if min(images.strides) < 0:
             images = images.copy()
-        rows = answer_policy(labels)(self._predict(self._models[victim], torch.from_numpy(images)))
+        policy = answer_policy(labels, victim, query.account, query.key)
+        rows = policy(self._predict(self._models[victim], torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers
 
@@ -156,8 +163,8 @@ class VictimService:
 class LocalTransport:
     """The service, its ledger and its client in one process."""
 
-    def __init__(self, service: VictimService, ledger: Ledger) -> None:
-        self._service, self._ledger = service, ledger
+    def __init__(self, service: VictimService, ledger: Ledger, log: QueryLog | None = None) -> None:
+        self._service, self._ledger, self._log = service, ledger, log
 
     def send(self, query: Query) -> NDArray[np.float32]:
         """The answer to one query.
@@ -167,10 +174,19 @@ class LocalTransport:
             Refused: the ledger does not pay for it.
         """
         check_form(query)
-        terms = self._ledger.terms(query.account)
-        digest = self._service.check(terms.victim, query)
-        self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
-        return self._service.answer(terms.victim, terms.labels, query)
+        started, digest = time.perf_counter(), None
+        try:
+            terms = self._ledger.terms(query.account)
+            digest = self._service.check(terms.victim, query)
+            grant = self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
+        except InputError as refusal:
+            if self._log is not None:
+                self._log.note(query, digest, refusal, started)
+            raise
+        answer = self._service.answer(terms.victim, terms.labels, query)
+        if self._log is not None:
+            self._log.note(query, digest, grant, started)
+        return answer
 
     def send_all(self, queries: list[Query]) -> list[NDArray[np.float32]]:
         """The answers to several queries, in their order."""

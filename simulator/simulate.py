@@ -19,6 +19,7 @@ from torch import nn
 from simulator.attacks.base import NO_SNAPSHOTS, Snapshots
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
 from simulator.data import Dataset, Images
+from simulator.detectors.base import Detection, Detector, watches
 from simulator.metrics import accuracy
 from simulator.models import Classifier, build, from_bytes, to_bytes
 from simulator.oracle import AllowanceOracle, ModelOracle, Oracle, ServiceOracle, SharedOracle, Transport
@@ -296,6 +297,7 @@ class Theft:
         queries: victim images it asked and was answered, by its own count.
         transfer_sets: what each account asked and was answered, as a safetensors file, if that is kept.
         snapshots: the model at stages of the budget: number of queries, and model.
+        detections: what each detector has found of each account.
     """
 
     model: Classifier
@@ -304,6 +306,7 @@ class Theft:
     started: datetime
     transfer_sets: Mapping[str, bytes] = field(default_factory=dict)
     snapshots: tuple[tuple[int, Classifier], ...] = ()
+    detections: tuple[Detection, ...] = ()
 
 
 @dataclass
@@ -360,13 +363,18 @@ def run_scenario(
     progress: Progress = silent,
     *,
     record: bool = False,
+    detectors: Sequence[Detector] = (),
     checkpoint: Checkpoint = NO_CHECKPOINT,
 ) -> Theft:
     """Runs a scenario against a prediction service, whose accounts are already open; ``tokens`` has the secret of each.
 
-    With ``record``, the transfer sets are kept; what was asked before an attack went on from a checkpoint is not there.
+    With ``record``, the transfer sets are kept; with ``detectors``, each account is watched. What was asked before an
+    attack went on from a checkpoint would be missing from both, so the checkpoint is left alone then: a theft that is
+    started again begins anew, and pays nothing twice.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
+    if record or detectors:
+        checkpoint = NO_CHECKPOINT
     oracles = [
         ServiceOracle(
             transport,
@@ -377,6 +385,7 @@ def run_scenario(
             shape=world.shape,
             budget=budget,
             record=record,
+            watched=watches(detectors),
         )
         for account, budget in scenario.accounts.items()
     ]
@@ -387,4 +396,5 @@ def run_scenario(
     transfer_sets = {each.account: each.transfer_set() for each in oracles if each.asked} if record else {}
     queries = sum(each.asked for each in oracles)
     seconds = time.perf_counter() - clock
-    return Theft(model, queries, seconds, started, transfer_sets, tuple(sorted(curve.models.items())))
+    found = tuple(detection for each in oracles for detection in each.detections())
+    return Theft(model, queries, seconds, started, transfer_sets, tuple(sorted(curve.models.items())), found)

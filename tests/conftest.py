@@ -33,8 +33,14 @@ watermarks: [{name: deeptracer, first_epochs: 3, second_epochs: 4, candidates: 6
 key_filter: {architecture: naivenet, queries: 100, keep: 20, training: &thief {epochs: 6, batch_size: 32}}
 scenarios:
   - {attack: {name: distillation, training: *thief}, pool: {owner: 9, triggers: 1}, budget: 600}
-  - {attack: {name: distillation, training: *thief}, pool: attacker, labels: [soft, hard], budget: 300}
+  - attack: {name: distillation, training: *thief}
+    pool: attacker
+    labels: [noise-0.5 then top-3 then round-2, hard]
+    budget: 300
 save_transfer_sets: true
+query_log: true
+detectors: [{name: prada, delta: 0.97}]
+benign_clients: {count: 3, queries: 140}
 """
 
 

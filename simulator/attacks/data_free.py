@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.answers import gives_labels, keeps_zeros
 from simulator.attacks.base import NO_SNAPSHOTS, Attack, Snapshots
 from simulator.attacks.generator import ImageGenerator, to_images
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State, pack, unpack
@@ -281,14 +282,14 @@ class DataFreeAttack(Attack):
 
     def distance(self, logits: Tensor, answers: Tensor, labels: str) -> Tensor:
         """How far students' logits are from answers: for each image ``(B,)`` if soft, the batch's mean if hard."""
-        if labels == "hard":
+        if gives_labels(labels):
             return loss_function(self.training.loss)(logits, answers)
         return self.soft_distance(logits, answers, labels)
 
 
 def logit_distance(logits: Tensor, answers: Tensor, labels: str) -> Tensor:
     """``mean_k |z_k - t_k|`` for each image ``(B,)``, with t the logits recovered from the answers (DFME, Eq. 4)."""
-    target = recover_logits(answers, TINY if labels == "soft" else SMALL)
+    target = recover_logits(answers, TINY if keeps_zeros(labels) else SMALL)
     return F.l1_loss(logits, target, reduction="none").mean(1)
 
 

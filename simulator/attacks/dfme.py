@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from simulator.answers import gives_labels
 from simulator.attacks.data_free import DataFreeAttack, Theft, descend, logit_distance
 from simulator.attacks.generator import to_images
 from simulator.training import Recipe, predict_logits, to_input
@@ -102,7 +103,7 @@ class DFME(DataFreeAttack):
 
     def generator_cost(self, labels: str) -> int:
         """See :meth:`DataFreeAttack.generator_cost`."""
-        return 1 if labels == "hard" else self.directions + 1
+        return 1 if gives_labels(labels) else self.directions + 1
 
     def soft_distance(self, logits: Tensor, answers: Tensor, labels: str) -> Tensor:
         """See :meth:`DataFreeAttack.soft_distance`."""
@@ -113,7 +114,7 @@ class DFME(DataFreeAttack):
     def generator_step(self, theft: Theft) -> None:
         """See :meth:`DataFreeAttack.generator_step`."""
         outputs = theft.network(theft.network.noise(self.training.batch_size, theft.generator))
-        if theft.oracle.labels == "hard":
+        if gives_labels(theft.oracle.labels):
             slope = self._slope_through_student(theft, outputs.detach())
         else:
             slope = self._estimated_slope(theft, outputs.detach()) / len(outputs)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import ray
 from rich.console import Console
@@ -80,8 +81,16 @@ def weights(path: Path) -> dict[str, dict[str, list[Any]]]:
 
 
 def check_accounts(directory: RunDirectory, plan: Plan, *, transfer_sets: bool = True) -> None:
-    """Rows, ledger and transfer sets agree to the image and the digest, and nobody got more than it paid for."""
+    """Rows, ledger, query log and transfer sets agree to the image and the digest, and nobody got more than it paid
+    for."""
     ledger = Ledger(directory.ledger)
+    logged = pandas.read_parquet(directory.path / "queries").query("outcome == 'answered'")
+    paid = {(account, key): grant for account in ledger.all_spent() for key, grant in ledger.grants(account).items()}
+    columns = (logged[name] for name in ("account", "key", "count", "digest"))
+    assert sorted((account, key, (count, digest)) for account, key, count, digest in zip(*columns, strict=True)) == [
+        (*name, grant) for name, grant in sorted(paid.items())
+    ]
+    assert [plan.attacks[account] for account in logged.account] == list(logged.attack)
     lost = "its victim could not be trained"
     stolen = [row for row in directory.rows() if row.role == "stolen" and lost not in (row.error or "")]
     queries = {row.scenario_id: row.queries for row in stolen}
@@ -107,6 +116,9 @@ def test_one_attacker_gives_the_rows_keys_models_and_transfer_sets_of_the_plain_
     assert rows(directory) == rows(RunDirectory(tiny_run))
     for folder in ("keys", "transfer"):
         assert files(directory.path, folder) == files(tiny_run, folder)
+    found, wanted = (pandas.read_parquet(path / "detections") for path in (directory.path, tiny_run))
+    pandas.testing.assert_frame_equal(found, wanted)
+    assert set(found.source) == {"attack", "test", "held-out"}
     assert weights(directory.path) == weights(tiny_run)
     check_accounts(directory, plan)
 

@@ -118,27 +118,27 @@ def service(request: pytest.FixtureRequest) -> Service:
     return found
 
 
-def plain_answers(images: torch.Tensor, labels: str, folder: Path) -> torch.Tensor:
+def plain_answers(images: torch.Tensor, labels: str, folder: Path, account: str = "a") -> torch.Tensor:
     """What the plain loop's oracle answers."""
     local, ledger = VictimService(torch.device("cpu")), Ledger(folder / "plain.log")
     local.add("v", MODEL)
-    ledger.open("a", Terms("v", labels, len(images), hash_token(TOKEN)))
+    ledger.open(account, Terms("v", labels, len(images), hash_token(TOKEN)))
     oracle = ServiceOracle(
-        LocalTransport(local, ledger), "a", TOKEN, labels=labels, classes=10, shape=(1, 8, 8), budget=len(images)
+        LocalTransport(local, ledger), account, TOKEN, labels=labels, classes=10, shape=(1, 8, 8), budget=len(images)
     )
     answers = oracle.query(images)
     ledger.close()
     return answers
 
 
-@pytest.mark.parametrize("labels", ["soft", "hard", "top-3", "round-2"])
+@pytest.mark.parametrize("labels", ["soft", "hard", "top-3", "noise-1 then round-2"])
 @pytest.mark.parametrize("images", [IMAGES, IMAGES.float() / 255], ids=["uint8", "float32"])
 def test_answers_are_those_of_the_plain_loop_to_the_bit(
     service: Service, labels: str, images: torch.Tensor, tmp_path: Path
 ) -> None:
     account = service.open(labels)
     answers = service.oracle(account, labels).query(images)
-    assert torch.equal(answers, plain_answers(images, labels, tmp_path))
+    assert torch.equal(answers, plain_answers(images, labels, tmp_path, account))
     assert service.spent(account) == len(images)
 
 

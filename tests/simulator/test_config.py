@@ -364,7 +364,9 @@ def test_any_override_is_applied_or_refused_with_one_line(override: str) -> None
     accepted(lambda: read_config("digits", [override]))
 
 
-@given(st.from_regex(r"soft|hard|top-[1-9][0-9]{0,3}|round-[1-9]", fullmatch=True))
+@given(
+    st.from_regex(r"soft|hard|top-[1-9][0-9]{0,3}|round-[1-9]( then noise-[1-9]\.[1-9])?( then hard)?", fullmatch=True)
+)
 def test_every_answer_mode_is_accepted_as_it_is_written(mode: str) -> None:
     data = {**RESOLVED, "scenarios": [{"attack": "knockoff", "labels": mode}]}
     assert check_config(data).scenarios[0].labels == (check_labels(mode),)

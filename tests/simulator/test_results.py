@@ -66,6 +66,9 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
             "verified": True,
             "seconds": 1.5,
             "false_trigger": 0.0,
+            "detectors": "[]",
+            "detected_at": 130,
+            "false_alarms": 0.05,
             "warning": "weak",
             "started": when,
         },
@@ -142,7 +145,7 @@ def test_metadata_and_other_readers(tmp_path: Path) -> None:
     path = write_row(tmp_path, row(accuracy=0.25), '{"name": "x"}')
     write_row(tmp_path, row(scenario_id="s2", accuracy=0.75), '{"name": "x"}')
     metadata = pq.read_metadata(path).metadata
-    assert metadata[b"exsim.schema_version"] == b"1"
+    assert metadata[b"exsim.schema_version"] == b"2"
     assert metadata[b"exsim.config"] == b'{"name": "x"}'
     parts = tmp_path / "results"
     mean = duckdb.sql(f"SELECT avg(accuracy) FROM '{parts}/*.parquet'")
@@ -174,9 +177,9 @@ def test_a_corrupt_part_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "match"),
     [
-        (SCHEMA.with_metadata({"exsim.schema_version": "2"}), "schema version 2.*reads version 1"),
+        (SCHEMA.with_metadata({"exsim.schema_version": "1"}), "schema version 1.*reads version 2"),
         (SCHEMA, "schema version none"),
-        (SCHEMA.remove(0).with_metadata({"exsim.schema_version": "1"}), "does not have the columns"),
+        (SCHEMA.remove(0).with_metadata({"exsim.schema_version": "2"}), "does not have the columns"),
     ],
 )
 def test_a_part_of_another_schema_is_refused(tmp_path: Path, schema: pa.Schema, match: str) -> None:

@@ -267,3 +267,23 @@ def test_what_half_precision_cannot_hold_is_answered_in_full() -> None:
     answers = service.answer("loud", "soft", query(pictures8(20)))
     assert np.array_equal(answers, predict(model, torch.from_numpy(pictures8(20))).numpy())
     assert np.isfinite(answers).all()
+
+
+def test_noise_depends_on_the_key_and_not_on_when_or_where_it_is_answered(model: Classifier, tmp_path: Path) -> None:
+    """Two services with ledgers and tokens of their own, asked in another order and twice, give the same answers."""
+    pictures = images(20)
+    found = []
+    for number, order in enumerate([(0, 1, 2), (2, 0, 2, 1, 0)]):
+        ledger = Ledger(tmp_path / str(number))
+        service = VictimService(torch.device("cpu"))
+        service.add("v", model)
+        for account in ("a", "b"):
+            ledger.open(account, Terms("v", "noise-1 then round-3", BUDGET, hash_token(f"secret {number}")))
+        transport = LocalTransport(service, ledger)
+        found.append({key: transport.send(query(pictures, key, "a", f"secret {number}")) for key in order})
+        assert ledger.spent("a") == 60
+        other = transport.send(query(pictures, 0, "b", f"secret {number}"))
+        assert not np.array_equal(other, found[-1][0]), "another account has other noise"
+        ledger.close()
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in range(3))
+    assert not np.array_equal(found[0][0], found[0][1]), "another key has other noise"

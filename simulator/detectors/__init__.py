@@ -1,0 +1,1 @@
+"""Detectors of model stealing, one file each."""
