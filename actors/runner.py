@@ -134,7 +134,8 @@ class RayRun:
         try:
             self._start_trainings()
             layout = self._layout
-            self._handle = deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas)
+            attacks = {name: each.stages[0].attack.name for each in self._open for name in each.accounts}
+            self._handle = deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas, attacks)
             self._attackers.extend(self._new_attacker() for _ in range(layout.attackers))
             self._start_thefts()
             while self._jobs:

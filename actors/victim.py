@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.devices import Placement, settle
+from actors.metrics import Tally, VictimMetrics
 from simulator.errors import InputError
 from simulator.ledger import Request, Terms
 from simulator.models import from_bytes
@@ -47,8 +48,15 @@ Answer = NDArray[np.float32] | InputError
 class Victim:
     """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
 
-    def __init__(self, ledger: ActorHandle[Any], shelf: ActorHandle[Any], placement: Placement) -> None:
+    def __init__(
+        self,
+        ledger: ActorHandle[Any],
+        shelf: ActorHandle[Any],
+        placement: Placement,
+        attacks: Mapping[str, str] | None = None,
+    ) -> None:
         self._ledger, self._shelf = ledger, shelf
+        self._metrics = VictimMetrics(attacks or {})
         self._service = VictimService(settle(placement))
         self._terms: dict[str, Terms] = {}
 
@@ -57,6 +65,7 @@ class Victim:
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        started, computing = time.perf_counter(), 0.0
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
         grants = iter(await self._ledger.reserve_all.remote(requests) if requests else ())
@@ -67,9 +76,26 @@ class Victim:
                 answers.append(refused)
                 continue
             terms = self._terms[query.account]
+            clock = time.perf_counter()
             answers.append(self._service.answer(terms.victim, terms.labels, query))
+            computing += time.perf_counter() - clock
             await asyncio.sleep(0)  # others are checked and sent to the ledger between two answers
+        self._tell(queries, answers, time.perf_counter() - started - computing)
         return answers
+
+    def _tell(self, queries: Sequence[Query], answers: Sequence[Answer], waiting: float) -> None:
+        """Counts a message in the metrics; in one go where all its queries are of one account, as a client's are."""
+        tallies: dict[str, Tally] = {}
+        for query, answer in zip(queries, answers, strict=True):
+            tally = tallies.setdefault(query.account, Tally())
+            if isinstance(answer, InputError):
+                tally.refused += 1
+                tally.asked += len(query.images) if isinstance(query.images, np.ndarray) and query.images.ndim else 0
+            else:
+                tally.answered += len(answer)
+                tally.asked += len(answer)
+        for account, tally in tallies.items():
+            self._metrics.tell(account, self._terms[account].victim, tally, waiting)
 
     async def _checked(self, query: Query) -> Request | InputError:
         """What the ledger is asked for a query, or what is wrong with it."""
@@ -91,8 +117,12 @@ def deploy(
     shelf: ActorHandle[Any],
     placement: Placement,
     replicas: int = 1,
+    attacks: Mapping[str, str] | None = None,
 ) -> DeploymentHandle[Victim]:
-    """Starts the service as a Serve application without an HTTP door; returns its handle."""
+    """Starts the service as a Serve application without an HTTP door; returns its handle.
+
+    ``attacks`` has the attack's name of each account, for the metrics.
+    """
     # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
     serve.start(proxy_location="Disabled")
     deployment: Any = serve.deployment(
@@ -104,7 +134,7 @@ def deploy(
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     handle: DeploymentHandle[Victim] = serve.run(
-        deployment.bind(ledger, shelf, placement), name=name, route_prefix=None
+        deployment.bind(ledger, shelf, placement, attacks), name=name, route_prefix=None
     )
     return handle
 
