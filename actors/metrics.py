@@ -7,8 +7,9 @@
 ``exsim_waiting_seconds``            histogram: how long a message was in the replica and no model computed for it
 ===================================  ==========================================================================
 
-Each is tagged ``attack`` (the attack's name, or ``unknown``) and ``victim`` (its id). Ray puts ``ray_`` before the names.
-Nothing is kept for each query: a message, which is one client's, is told in at most four calls, of microseconds each.
+Each is tagged ``attack`` (the attack's name, or ``unknown``) and ``victim`` (its id). Ray puts ``ray_`` before the
+names. Nothing is kept for each query: a message, which is one client's, is told in at most four calls, of microseconds
+each.
 """
 
 from __future__ import annotations
