@@ -39,8 +39,8 @@ def exsim() -> None:
 @_config
 @_set
 @_data
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory (default: runs/<time>_<name>).")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish an earlier run.")
+@click.option("--out", help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>).")
+@click.option("--resume", metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
 @click.option("--local", is_flag=True, help="One process, no Ray.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
 @click.pass_context
@@ -49,22 +49,27 @@ def run(
     config: str,
     overrides: tuple[str, ...],
     data: Path | None,
-    out: Path | None,
-    resume: Path | None,
+    out: str | None,
+    resume: str | None,
     local: bool,
     address: str | None,
 ) -> int:
     """Run CONFIG: a preset's name (see: exsim list presets) or a YAML file."""
+    from simulator.remote import mirrored
     from simulator.rundir import RunDirectory
 
     _quiet_ray()
     if resume is None:
-        return _run(None, _read(config, overrides), data, out, local, address)
+        settings = _read(config, overrides)
+        with mirrored(out, None) as (place, _):
+            return _run(None, settings, data, place, local, address)
     given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
     if given or overrides:
         raise InputError("--resume takes the earlier run's configuration; leave out CONFIG, --set and --out")
-    directory, earlier = RunDirectory.resume(resume)
-    return _run(directory, earlier, data, None, local, address)
+    with mirrored(None, resume) as (_, earlier):
+        assert earlier is not None
+        directory, settings = RunDirectory.resume(earlier)
+        return _run(directory, settings, data, None, local, address)
 
 
 def _run(directory: Any, config: Any, data: Path | None, out: Path | None, local: bool, address: str | None) -> int:
