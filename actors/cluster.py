@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.devices import CPU_BESIDE_GPU, Placement
@@ -132,22 +133,36 @@ def here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def lay_out(config: RunConfig, scenarios: int) -> Layout:
+def nodes() -> list[dict[str, float]]:
+    """The resources of every node of the connected cluster."""
+    alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in alive]
+
+
+def this_machine() -> list[dict[str, float]]:
+    """What a local cluster would have: one node with this machine's cores and GPUs."""
+    return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+
+
+def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | None = None) -> Layout:
     """Fits a run onto the connected cluster: GPUs where it has any (or ``device`` demands one), else CPUs.
+
+    Args:
+        scenarios: that are to run.
+        there: resources of the nodes, in place of the connected cluster's.
 
     Raises:
         InputError: naming the resource that does not suffice, how much is asked and how much there is.
     """
-    alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes: list[dict[str, float]] = [node["Resources"] for node in alive]
-    gpus = sum(node.get("GPU", 0) for node in nodes)
+    there = nodes() if there is None else there
+    gpus = sum(node.get("GPU", 0) for node in there)
     if config.device == "cuda" and not gpus:
         raise InputError("device: cuda demands a GPU and the cluster has none; allowed: auto, cpu, or a GPU node")
     gpu = gpus > 0 and config.device != "cpu"
     shares, kind = config.resources, "GPU" if gpu else "CPU"
     for name in ("attacker", "trainer", "victim"):
-        _check_share(name, getattr(shares, name), kind, nodes)
-    _check_share("collector", shares.collector, "CPU", nodes)
+        _check_share(name, getattr(shares, name), kind, there)
+    _check_share("collector", shares.collector, "CPU", there)
     others = [shares.trainer] * shares.trainers + [shares.victim] * shares.replicas
     limits = {kind: (shares.attacker, others if gpu else [*others, shares.collector])}
     if gpu:
@@ -155,11 +170,11 @@ def lay_out(config: RunConfig, scenarios: int) -> Layout:
     wanted = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
     least = 1 if shares.attackers == "auto" else wanted
     for resource, (each, rest) in limits.items():
-        fit = _how_many(each, rest, resource, nodes, wanted)
+        fit = _how_many(each, rest, resource, there, wanted)
         if fit < least:
-            there = sum(node.get(resource, 0) for node in nodes)
+            have = sum(node.get(resource, 0) for node in there)
             asked = f"{least} x {each:g} for attackers and {sum(rest):g} for the rest"
-            raise InputError(f"resources: {asked} of a {resource} do not fit the cluster's {there:g} {resource}s")
+            raise InputError(f"resources: {asked} of a {resource} do not fit the cluster's {have:g} {resource}s")
         wanted = min(wanted, fit)
     return Layout(
         gpu=gpu,

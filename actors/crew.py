@@ -17,7 +17,7 @@ from actors.board import BoardActor
 from actors.cluster import Layout, here
 from actors.ledger import LedgerActor
 from actors.stores import KeeperActor, LogFilesActor, ShelfActor
-from actors.victim import LogAddress, deploy
+from actors.victim import deploy
 from actors.workers import AttackerActor, CollectorActor, TrainerActor
 from simulator.config import RunConfig
 from simulator.rundir import RunDirectory
@@ -72,10 +72,13 @@ class Crew:
         """Starts the victims' service; returns when it answers.
 
         Args:
-            attacks: the attack's name of each account, for the query log.
+            attacks: the attack's name of each account, for the metrics and the query log.
         """
-        layout, log = self.layout, LogAddress(self.log, attacks) if self.log is not None else None
-        self.service = deploy(self.app, self.ledger, self.shelf, layout.victim, layout.replicas, self.precision, log)
+        layout, placement = self.layout, self.layout.victim
+        service = deploy(
+            self.app, self.ledger, self.shelf, placement, layout.replicas, self.precision, attacks, self.log
+        )
+        self.service = service
 
     def new_trainer(self) -> Any:
         """Starts another trainer."""

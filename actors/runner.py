@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import Layout
 from actors.crew import Crew
@@ -306,7 +306,10 @@ class RayRun:
         if now - self._refreshed < REFRESH:
             return
         self._refreshed = now
-        self._notices, self._spent = ray.get([self._board.read.remote(), self._ledger.all_spent.remote()])
+        try:
+            self._notices, self._spent = ray.get([self._board.read.remote(), self._ledger.all_spent.remote()])
+        except RayActorError:  # one of them is being started again; what was drawn last stays
+            return
         tasks = {}
         for name in self._running:
             phase, done, total = self._notices.get(name, ("starting", 0, 1))

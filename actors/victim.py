@@ -18,7 +18,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.devices import Placement, settle
+from actors.metrics import Tally, VictimMetrics
 from actors.turns import Teller, Worker
 from simulator.errors import InputError
 from simulator.ledger import Grant, Request, Terms
@@ -39,6 +40,8 @@ from simulator.models import from_bytes
 from simulator.querylog import QueryLog
 from simulator.service import MAX_BYTES, MalformedQuery, Precision, Query, VictimService, check_form, well_formed
 
+#: no accounts' attacks
+NOTHING: Mapping[str, str] = MappingProxyType({})
 #: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
 MAX_ONGOING = 256
 #: messages of one account that a replica holds at once
@@ -60,21 +63,6 @@ class Busy(InputError):
     """The account has too many messages under way; nothing was charged, and the message may come again."""
 
 
-@dataclass(frozen=True)
-class LogAddress:
-    """Where a replica's query log goes: an actor's :class:`actors.stores.LogFiles`, and what stands in it."""
-
-    files: ActorHandle[Any]
-    attacks: Mapping[str, str]
-
-    def open(self) -> QueryLog:
-        """A log of this process."""
-        return QueryLog(self._write, self.attacks)
-
-    def _write(self, name: str, data: bytes) -> None:
-        ray.get(self.files.write.remote(name, data))
-
-
 class Victim:
     """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
 
@@ -84,10 +72,12 @@ class Victim:
         shelf: ActorHandle[Any],
         placement: Placement,
         precision: Precision = "full",
-        log: LogAddress | None = None,
+        attacks: Mapping[str, str] = NOTHING,
+        log: ActorHandle[Any] | None = None,
     ) -> None:
         self._ledger, self._shelf = ledger, shelf
-        self._log = log.open() if log else None
+        self._metrics = VictimMetrics(attacks)
+        self._log = QueryLog(lambda name, data: ray.get(log.write.remote(name, data)), attacks) if log else None
         self._service = VictimService(settle(placement), precision)
         self._terms: dict[str, Terms] = {}
         self._worker = Worker(lambda: torch.set_num_threads(1))
@@ -99,40 +89,71 @@ class Victim:
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        return [answer for answer, _ in await self.answer_with_grants(queries)]
+
+    async def answer_with_grants(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
+        """As :meth:`answer`, each with what the ledger granted: None where it was not asked, or refused."""
         if not isinstance(queries, list | tuple):
             raise MalformedQuery(f"message of type {type(queries).__name__}; allowed: a list of queries")
         # with the token, so that nobody can take the places of an account that is not theirs
         owners = {(query.account, query.token) for query in queries if well_formed(query)}
         if any(self._present[owner] >= MAX_PER_ACCOUNT for owner in owners):
-            return [Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica") for _ in queries]
+            busy = Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica")
+            return [(busy, None) for _ in queries]
         self._present.update(owners)
         try:
-            return await self._answered(queries, time.perf_counter())
+            return await self._answered(queries)
         finally:
             self._present.subtract(owners)
             for owner in owners:
                 if not self._present[owner]:
                     del self._present[owner]
 
-    async def _answered(self, queries: Sequence[Query], started: float) -> list[Answer]:
+    async def _answered(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
+        started = time.perf_counter()
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
         grants = iter(await self._teller.reserve(requests) if requests else ())
         replies = [request if isinstance(request, InputError) else next(grants) for request in checked]
-        answers = await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+        replied = await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+        answers = [answer for answer, _ in replied]
+        self._tell(queries, answers, time.perf_counter() - started - sum(seconds for _, seconds in replied))
         if self._log is not None:
             for query, request, reply in zip(queries, checked, replies, strict=True):
                 if well_formed(query):
                     self._log.note(query, request.digest if isinstance(request, Request) else None, reply, started)
-        return answers
+        granted = [None if isinstance(reply, InputError) else reply for reply in replies]
+        return list(zip(answers, granted, strict=True))
 
-    async def _reply(self, query: Query, granted: Grant | InputError) -> Answer:
+    async def _reply(self, query: Query, granted: Grant | InputError) -> tuple[Answer, float]:
+        """The answer to a query, and the seconds that it took to compute."""
         if isinstance(granted, InputError):
-            return granted
+            return granted, 0.0
         terms = self._terms[query.account]
-        return await self._worker.run(
-            query.account, granted.count, lambda: self._service.answer(terms.victim, terms.labels, query)
-        )
+
+        def work() -> tuple[Answer, float]:
+            clock = time.perf_counter()
+            return self._service.answer(terms.victim, terms.labels, query), time.perf_counter() - clock
+
+        return await self._worker.run(query.account, granted.count, work)
+
+    def _tell(self, queries: Sequence[Query], answers: Sequence[Answer], waiting: float) -> None:
+        """Counts a message in the metrics; in one go where all its queries are of one account, as a client's are."""
+        tallies: dict[str, Tally] = {}
+        for query, answer in zip(queries, answers, strict=True):
+            # what names no account that is open here belongs to nobody
+            account = query.account if well_formed(query) and query.account in self._terms else ""
+            tally = tallies.setdefault(account, Tally())
+            if not isinstance(answer, InputError):
+                tally.answered += len(answer)
+                tally.asked += len(answer)
+                continue
+            tally.refused += 1
+            if account and isinstance(query.images, np.ndarray) and query.images.ndim:
+                tally.asked += len(query.images)
+        for account, tally in tallies.items():
+            victim = self._terms[account].victim if account else "unknown"
+            self._metrics.tell(account, victim, tally, max(0.0, waiting))
 
     def __del__(self) -> None:
         """Serve calls this before it stops a replica: the log is written to its end."""
@@ -169,9 +190,14 @@ def deploy(
     placement: Placement,
     replicas: int = 1,
     precision: Precision = "full",
-    log: LogAddress | None = None,
+    attacks: Mapping[str, str] = NOTHING,
+    log: ActorHandle[Any] | None = None,
 ) -> DeploymentHandle[Victim]:
-    """Starts the service as a Serve application without an HTTP door; returns its handle."""
+    """Starts the service as a Serve application without an HTTP door; returns its handle.
+
+    ``attacks`` has the attack's name of each account, for the metrics and the query log; ``log`` is an actor's
+    :class:`actors.stores.LogFiles`, if there is a query log.
+    """
     # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
     serve.start(proxy_location="Disabled")
     deployment: Any = serve.deployment(
@@ -184,7 +210,7 @@ def deploy(
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     handle: DeploymentHandle[Victim] = serve.run(
-        deployment.bind(ledger, shelf, placement, precision, log), name=name, route_prefix=None
+        deployment.bind(ledger, shelf, placement, precision, dict(attacks), log), name=name, route_prefix=None
     )
     return handle
 

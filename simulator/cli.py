@@ -39,8 +39,8 @@ def exsim() -> None:
 @_config
 @_set
 @_data
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory (default: runs/<time>_<name>).")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish an earlier run.")
+@click.option("--out", help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>).")
+@click.option("--resume", metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
 @click.option("--local", is_flag=True, help="One process, no Ray.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
 @click.pass_context
@@ -49,22 +49,27 @@ def run(
     config: str,
     overrides: tuple[str, ...],
     data: Path | None,
-    out: Path | None,
-    resume: Path | None,
+    out: str | None,
+    resume: str | None,
     local: bool,
     address: str | None,
 ) -> int:
     """Run CONFIG: a preset's name (see: exsim list presets) or a YAML file."""
+    from simulator.remote import mirrored
     from simulator.rundir import RunDirectory
 
     _quiet_ray()
     if resume is None:
-        return _run(None, _read(config, overrides), data, out, local, address)
+        settings = _read(config, overrides)
+        with mirrored(out, None) as (place, _):
+            return _run(None, settings, data, place, local, address)
     given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
     if given or overrides:
         raise InputError("--resume takes the earlier run's configuration; leave out CONFIG, --set and --out")
-    directory, earlier = RunDirectory.resume(resume)
-    return _run(directory, earlier, data, None, local, address)
+    with mirrored(None, resume) as (_, earlier):
+        assert earlier is not None
+        directory, settings = RunDirectory.resume(earlier)
+        return _run(directory, settings, data, None, local, address)
 
 
 def _run(directory: Any, config: Any, data: Path | None, out: Path | None, local: bool, address: str | None) -> int:
@@ -144,12 +149,15 @@ def _start(
 @exsim.command()
 @_config
 @_set
-def plan(config: str, overrides: tuple[str, ...]) -> int:
-    """Show what CONFIG would run, its queries and its resources; run nothing."""
+@_data
+@click.option("--address", help="Ray cluster to fit it onto (default: this machine).")
+def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: str | None) -> int:
+    """Show what CONFIG would run, its queries, resources, time and memory, and what fits; run nothing."""
     from simulator.plan import make_plan
 
     settings = _read(config, overrides)
     made = make_plan(settings)
+    costs = _estimate(settings, made, data, address)
     console = _console()
     table = Table(title=f"{settings.name}: {len(made.scenarios)} scenarios", title_justify="left")
     for name in ("scenario", "attack", "labels", "pool", "architecture", "from", "seed"):
@@ -177,7 +185,42 @@ def plan(config: str, overrides: tuple[str, ...]) -> int:
         f"(of a GPU where there is one, else of a CPU; the collector always of a CPU)",
         soft_wrap=True,
     )
+    for line in costs:
+        console.print(line, soft_wrap=True, highlight=False)
     return 0
+
+
+def _estimate(config: Any, made: Any, data: Path | None, address: str | None) -> list[str]:
+    """What a plan costs, by :mod:`simulator.estimate`, and how much of it runs at once on a cluster, or on this
+    machine."""
+    import tempfile
+
+    from simulator.data import outline
+    from simulator.estimate import architectures, calibrate, estimate, span
+    from simulator.training import use_one_thread
+
+    _quiet_ray()
+    from actors.cluster import connected, lay_out, nodes, this_machine
+
+    there = this_machine()
+    if address:
+        with tempfile.TemporaryDirectory() as logs, connected(address, Path(logs)):
+            there = nodes()
+    use_one_thread()
+    images = outline(config.dataset, data)
+    speeds = {name: calibrate(name, images, config.training.batch_size) for name in architectures(made)}
+    found = estimate(config, made, images, speeds)
+    cpus, gpus = (sum(node.get(kind, 0) for node in there) for kind in ("CPU", "GPU"))
+    where = f"{address or 'this machine'} ({len(there)} nodes, {cpus:g} CPUs, {gpus:g} GPUs)"
+    lines = found.lines()
+    try:
+        layout = lay_out(config, len(made.scenarios), there)
+    except InputError as error:
+        return [*lines, f"{where}: it does not fit: {error}"]
+    clock = found.wall(layout.attackers, layout.trainers, layout.replicas, cpus)
+    share = f"{layout.attacker.share:g} of a {'GPU' if layout.gpu else 'CPU'}"
+    time = "" if layout.gpu else f", at least {span(clock)} of the clock"
+    return [*lines, f"{where}: {layout.attackers} attackers at once, each {share}{time}"]
 
 
 @exsim.command()

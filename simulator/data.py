@@ -26,11 +26,13 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "Images",
+    "Outline",
     "check_name",
     "convert_images",
     "describe_datasets",
     "known_datasets",
     "load",
+    "outline",
     "training_images",
 ]
 
@@ -103,6 +105,34 @@ class Dataset:
         variances = [int(total) / count - mean**2 for total, mean in zip(squares, means, strict=True)]
         stds = [max(variance, 1.0) ** 0.5 / 255 for variance in variances]
         return tuple(mean / 255 for mean in means), tuple(stds)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What can be said of a data set without its images: their format, and how many each part gets."""
+
+    classes: int
+    channels: int
+    size: int
+    owner: int
+    attacker: int
+    test: int
+
+
+def outline(config: DataConfig, data_dir: Path | None = None) -> Outline:
+    """The outline of what :func:`load` gives. A known set need not be there; a file or a folder is read.
+
+    Raises:
+        InputError: the split is impossible, or the file or folder is no data set.
+    """
+    known = KNOWN.get(config.name)
+    if known is None:
+        data = load(config, data_dir)
+        counts = (len(data.owner), len(data.attacker), len(data.test))
+        return Outline(data.classes, data.channels, data.size, *counts)
+    return Outline(
+        known.classes, known.channels, config.size or known.size, *_numbers(config, known.train[0], known.test)
+    )
 
 
 def known_datasets() -> list[str]:

@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's own schema, offline."""
+"""The launcher's files, cluster.yaml and clusters/on-premises.yaml, against Ray's own schema, offline."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[1]
+FILES = ["cluster.yaml", "clusters/on-premises.yaml"]
 Config = dict[str, Any]
 
 
@@ -24,9 +25,14 @@ def validated(config: Config) -> Config:
     return prepared
 
 
+def read(name: str) -> Config:
+    config: Config = yaml.safe_load((ROOT / name).read_text())
+    return config
+
+
 @pytest.fixture
 def cluster() -> Config:
-    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return read("cluster.yaml")
 
 
 def test_ray_accepts_it_and_workers_scale_from_zero(cluster: Config) -> None:
@@ -36,22 +42,49 @@ def test_ray_accepts_it_and_workers_scale_from_zero(cluster: Config) -> None:
     assert prepared["available_node_types"][prepared["head_node_type"]]["max_workers"] == 0
 
 
-def test_no_command_of_rays_defaults_is_left(cluster: Config) -> None:
+def test_machines_of_ones_own_are_all_taken() -> None:
+    config = read("clusters/on-premises.yaml")
+    prepared = validated(config)
+    machines = len(config["provider"]["worker_ips"])
+    (kind,) = prepared["available_node_types"].values()
+    assert (kind["min_workers"], kind["max_workers"], prepared["max_workers"]) == (machines, machines, machines)
+    # documentation's own addresses (RFC 5737), so that nobody's machine is taken by mistake
+    assert all(ip.startswith("192.0.2.") for ip in [config["provider"]["head_ip"], *config["provider"]["worker_ips"]])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_command_of_rays_defaults_is_left(name: str) -> None:
     """Ray's AWS defaults download a nightly Ray; ours must replace them on head and worker."""
-    prepared = validated(cluster)
+    prepared = validated(read(name))
     for key in ("head_setup_commands", "worker_setup_commands"):
-        assert any("/home/ray/exsim" in command for command in prepared[key])
-        assert not any("://" in command for command in prepared[key])
+        commands = [*prepared["setup_commands"], *prepared[key]]
+        assert any("/home/ray/exsim" in command for command in commands)
+        assert not any("://" in command for command in commands)
 
 
-def test_it_runs_the_ray_that_is_pinned(cluster: Config) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_it_runs_the_ray_that_is_pinned(name: str) -> None:
     """Every node's image, the constraints and the driver's Ray are one version."""
-    for key in ("head_image", "worker_image"):
-        assert cluster["docker"][key].startswith(f"rayproject/ray:{version('ray')}-py311-")
+    docker = read(name)["docker"]
+    images = [docker[key] for key in ("image", "head_image", "worker_image") if key in docker]
+    assert images
+    assert all(image.startswith(f"rayproject/ray:{version('ray')}-py311-") for image in images)
+    assert f"ray=={version('ray')}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_every_mounted_file_of_the_checkout_exists(cluster: Config) -> None:
-    local = [path for path in cluster["file_mounts"].values() if not path.startswith("~")]
+@pytest.mark.parametrize("name", FILES)
+def test_every_node_demands_the_token(name: str) -> None:
+    config = read(name)
+    options = config["docker"]["run_options"]
+    assert "-e RAY_AUTH_MODE=token" in options
+    (path,) = [option.partition("=")[2] for option in options if "RAY_AUTH_TOKEN_PATH" in option]
+    assert config["file_mounts"][path] == "~/.ray/auth_token"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_mounted_file_of_the_checkout_exists(name: str) -> None:
+    local = [path for path in read(name)["file_mounts"].values() if not path.startswith("~")]
+    assert local
     assert [path for path in local if not (ROOT / path).exists()] == []
 
 
@@ -72,6 +105,20 @@ def test_a_mistake_is_refused(cluster: Config, spoil: Callable[[Config], None]) 
     spoil(cluster)
     with pytest.raises(jsonschema.ValidationError):
         validated(cluster)
+
+
+def test_a_misspelt_key_of_the_machines_file_is_refused() -> None:
+    config = read("clusters/on-premises.yaml")
+    misspelt_key(config)
+    with pytest.raises(jsonschema.ValidationError):
+        validated(config)
+
+
+def test_machines_without_addresses_are_refused() -> None:
+    config = read("clusters/on-premises.yaml")
+    del config["provider"]["worker_ips"]
+    with pytest.raises(Exception, match="worker_ips"):
+        validated(config)
 
 
 def test_an_unknown_head_node_type_is_refused(cluster: Config) -> None:

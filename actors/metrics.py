@@ -1,0 +1,59 @@
+"""What the prediction service tells Ray's metrics, which Prometheus reads and Ray's dashboard draws.
+
+===================================  ==========================================================================
+``exsim_images_answered_total``      images answered (a query that is asked again counts again; the ledger does not)
+``exsim_queries_refused_total``      queries refused: malformed, or by the ledger
+``exsim_message_images``             histogram of the images that one message asked for, refused ones too
+``exsim_waiting_seconds``            histogram: how long a message was in the replica and no model computed for it
+===================================  ==========================================================================
+
+Each is tagged ``attack`` (the attack's name, or ``unknown``) and ``victim`` (its id). Ray puts ``ray_`` before the
+names. Nothing is kept for each query: a message, which is one client's, is told in at most four calls, of microseconds
+each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray.util.metrics import Counter, Histogram
+
+TAGS = ("attack", "victim")
+#: upper bounds of the histograms
+IMAGES = [1, 16, 64, 256, 512, 1024, 2048, 4096]
+SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+
+
+@dataclass
+class Tally:
+    """What one message came to, for one account."""
+
+    asked: int = 0
+    answered: int = 0
+    refused: int = 0
+
+
+class VictimMetrics:
+    """The metrics of one replica.
+
+    Args:
+        attacks: the attack's name of each account.
+    """
+
+    def __init__(self, attacks: Mapping[str, str]) -> None:
+        self._attacks = attacks
+        self._answered = Counter("exsim_images_answered", "Images answered by the victim.", TAGS)
+        self._refused = Counter("exsim_queries_refused", "Queries that the victim refused.", TAGS)
+        self._images = Histogram("exsim_message_images", "Images in one message to the victim.", IMAGES, TAGS)
+        self._waiting = Histogram("exsim_waiting_seconds", "Seconds of a message without computing.", SECONDS, TAGS)
+
+    def tell(self, account: str, victim: str, tally: Tally, waiting: float) -> None:
+        """One message's part that belongs to one account; ``waiting`` in seconds."""
+        tags = {"attack": self._attacks.get(account, "unknown"), "victim": victim}
+        if tally.answered:
+            self._answered.inc(tally.answered, tags)
+        if tally.refused:
+            self._refused.inc(tally.refused, tags)
+        self._images.observe(tally.asked, tags)
+        self._waiting.observe(waiting, tags)
