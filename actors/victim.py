@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.devices import Placement, settle
 from simulator.errors import InputError
-from simulator.ledger import Request, Terms
+from simulator.ledger import Grant, Request, Terms
 from simulator.models import from_bytes
 from simulator.oracle import MAX_BYTES
 from simulator.service import MalformedQuery, Query, VictimService
@@ -57,17 +57,21 @@ class Victim:
 
         A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
         """
+        return [answer for answer, _ in await self.answer_with_grants(queries)]
+
+    async def answer_with_grants(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
+        """As :meth:`answer`, each with what the ledger granted: None where it was not asked, or refused."""
         checked = [await self._checked(query) for query in queries]
         requests = [request for request in checked if isinstance(request, Request)]
         grants = iter(await self._ledger.reserve_all.remote(requests) if requests else ())
-        answers: list[Answer] = []
+        answers: list[tuple[Answer, Grant | None]] = []
         for query, request in zip(queries, checked, strict=True):
-            refused = request if isinstance(request, InputError) else next(grants)
-            if isinstance(refused, InputError):
-                answers.append(refused)
+            grant = request if isinstance(request, InputError) else next(grants)
+            if isinstance(grant, InputError):
+                answers.append((grant, None))
                 continue
             terms = self._terms[query.account]
-            answers.append(self._service.answer(terms.victim, terms.labels, query))
+            answers.append((self._service.answer(terms.victim, terms.labels, query), grant))
             await asyncio.sleep(0)  # others are checked and sent to the ledger between two answers
         return answers
 

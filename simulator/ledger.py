@@ -28,6 +28,18 @@ class Refused(InputError):
     """The ledger refused a request; nothing was charged."""
 
 
+class Unauthorised(Refused):
+    """No such account, or not its token."""
+
+
+class KeyReused(Refused):
+    """The key has paid for other images."""
+
+
+class OverBudget(Refused):
+    """More images were asked than the account has left."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What an account was opened for.
@@ -116,22 +128,25 @@ class Ledger:
         """Charges ``count`` images to the account under ``key``, unless that key has paid for these images already.
 
         Raises:
-            Refused: no such account, wrong token, the key belongs to other images, or the budget does not suffice.
+            Unauthorised: no such account, or not its token.
+            KeyReused: the key belongs to other images.
+            OverBudget: the budget does not suffice.
+            Refused: a key below 0, or no image.
         """
         entry = self._accounts.get(account)
         # the same answer for an unknown account and a wrong token: nobody learns which accounts exist
         if entry is None or not hmac.compare_digest(hash_token(token), entry.terms.token_hash):
-            raise Refused(f"account {account!r}: unknown account or wrong token")
+            raise Unauthorised(f"account {account!r}: unknown account or wrong token")
         remaining = entry.terms.budget - entry.spent
         paid = entry.grants.get(key)
         if paid is not None:
             if paid != (count, digest):
-                raise Refused(f"account {account}: key {key} was used for other images")
+                raise KeyReused(f"account {account}: key {key} was used for other images")
             return Grant(count, fresh=False, remaining=remaining)
         if key < 0 or count < 1:
             raise Refused(f"account {account}: key {key} and count {count} must be at least 0 and 1")
         if count > remaining:
-            raise Refused(f"account {account}: {count} images asked, {remaining} of {entry.terms.budget} remain")
+            raise OverBudget(f"account {account}: {count} images asked, {remaining} of {entry.terms.budget} remain")
         self._write({"a": account, "k": key, "n": count, "d": digest})
         entry.grants[key] = (count, digest)
         entry.spent += count
@@ -150,7 +165,7 @@ class Ledger:
     def terms(self, account: str) -> Terms:
         """What the account was opened for."""
         if account not in self._accounts:
-            raise Refused(f"account {account!r}: unknown account or wrong token")
+            raise Unauthorised(f"account {account!r}: unknown account or wrong token")
         return self._accounts[account].terms
 
     def spent(self, account: str) -> int:
