@@ -14,7 +14,9 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from simulator.files import Folder, write_atomically
 from simulator.http_oracle import HttpClient, ModelInfo
 from simulator.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.models import load_model
+from simulator.models.classifier import ModelSpec
 from simulator.service import MAX_BATCH
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -57,8 +60,9 @@ class Offer:
         model: what clients are told.
         architecture: for the person who serves it.
         terms: of every account.
+        remaining: of every account, in images.
         tokens: of the accounts whose tokens lie in the directory.
-        fresh: whether the tokens were made now.
+        fresh: the accounts whose tokens were made now.
     """
 
     directory: Path
@@ -66,8 +70,9 @@ class Offer:
     architecture: str
     model: ModelInfo
     terms: Mapping[str, Terms]
+    remaining: Mapping[str, int]
     tokens: Mapping[str, str]
-    fresh: bool
+    fresh: frozenset[str]
 
     @property
     def ledger(self) -> Path:
@@ -78,6 +83,22 @@ class Offer:
     def tokens_file(self) -> Path:
         """Where the tokens lie."""
         return self.directory / "tokens.json"
+
+    def lines(self, url: str) -> list[str]:
+        """What the person who serves is told; tokens only when they are new."""
+        channels, height, width = self.model.shape
+        return [
+            f"serving {self.victim} ({self.architecture}, images ({channels}, {height}, {width}), "
+            f"{self.model.classes} classes) with {self.model.labels} answers at {url}",
+            *(self._line(name) for name in self.terms),
+            f"tokens: {self.tokens_file} (readable by you alone)   ledger: {self.ledger}   schema: {url}/openapi.json",
+            "Ctrl-C ends it; the same --dir goes on with the same accounts",
+        ]
+
+    def _line(self, name: str) -> str:
+        left, budget = self.remaining[name], self.terms[name].budget
+        token = f", token {self.tokens[name]}" if name in self.fresh else ""
+        return f"{name}: {left} of {budget} images left{token}"
 
 
 def account_names(count: int | None, names: Sequence[str]) -> list[str]:
@@ -98,11 +119,22 @@ def account_names(count: int | None, names: Sequence[str]) -> list[str]:
     return list(names) or [f"account-{number}" for number in range(1, (count or 1) + 1)]
 
 
-def prepare(file: Path, directory: Path | None, labels: str, budget: int, names: Sequence[str]) -> Offer:
-    """Reads the model, and opens the accounts in the directory, or finds them open on the same terms.
+@contextmanager
+def served(
+    file: Path,
+    *,
+    budget: int,
+    labels: str = "soft",
+    names: Sequence[str] = ("account-1",),
+    directory: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+) -> Iterator[tuple[Offer, str]]:
+    """Serves the model in ``file`` inside the block; yields what is served and the door's URL.
 
     Raises:
-        InputError: the model cannot be served, or the directory's accounts were opened on other terms.
+        InputError: the file, a setting, the directory, the port or the cluster is not as it should be.
     """
     try:
         check_labels(labels)
@@ -114,8 +146,24 @@ def prepare(file: Path, directory: Path | None, labels: str, budget: int, names:
     data = file.read_bytes()
     victim = f"model-{digest_of(data)[:12]}"
     directory = directory or Path("runs") / f"serve_{victim}"
+    if not address:
+        port = free_port(host, port)
+    with held(directory):
+        offer = prepare(data, victim, spec, directory, labels, budget, names)
+        with opened(offer, host, port, address) as url:
+            yield offer, url
+
+
+def prepare(
+    data: bytes, victim: str, spec: ModelSpec, directory: Path, labels: str, budget: int, names: Sequence[str]
+) -> Offer:
+    """Puts the model into the directory, and opens the accounts there, or finds them open on the same terms.
+
+    Raises:
+        InputError: the accounts were opened on other terms, or the directory cannot be written.
+    """
     info = ModelInfo(
-        shape=(spec.channels, spec.size, spec.size),
+        shape=[spec.channels, spec.size, spec.size],
         classes=spec.classes,
         labels=labels,
         max_batch=MAX_BATCH,
@@ -135,7 +183,7 @@ def prepare(file: Path, directory: Path | None, labels: str, budget: int, names:
             if name in opened and name not in tokens:
                 token_hash = ledger.terms(name).token_hash  # its token was moved elsewhere, and is still good
             else:
-                token_hash = hash_token(tokens.setdefault(name, secrets.token_urlsafe(32)))
+                token_hash = hash_token(tokens.setdefault(name, secrets.token_hex(24)))
             terms[name] = Terms(victim, labels, budget, token_hash)
             if name in opened and ledger.terms(name) != terms[name]:
                 raise InputError(f"{directory}: {_other_terms(name, ledger.terms(name), terms[name])}")
@@ -143,12 +191,12 @@ def prepare(file: Path, directory: Path | None, labels: str, budget: int, names:
             # before the ledger knows them: an account whose token was never written would be lost
             text = json.dumps(tokens, indent=2) + "\n"
             write_atomically(directory / "tokens.json", text.encode(), mode=0o600)
-        for name in names:
-            ledger.open(name, terms[name])
+        remaining = {name: ledger.open(name, terms[name]) for name in names}
     finally:
         ledger.close()
     mine = {name: token for name, token in tokens.items() if name in terms}
-    return Offer(directory, victim, spec.architecture, info, terms, mine, tokens != known)
+    fresh = frozenset(mine.keys() - known.keys())
+    return Offer(directory, victim, spec.architecture, info, terms, remaining, mine, fresh)
 
 
 def _tokens(file: Path) -> dict[str, str]:
@@ -215,28 +263,35 @@ def free_port(host: str, port: int) -> int:
 
 
 @contextmanager
-def opened(offer: Offer, host: str, port: int, *, address: str | None = None, replicas: int = 1) -> Iterator[str]:
-    """Serves inside the block; yields the door's URL.
+def opened(offer: Offer, host: str, port: int, address: str | None) -> Iterator[str]:
+    """Opens the door inside the block; yields its URL.
 
     Raises:
-        InputError: the port is busy, no cluster answers, or it runs Serve already, whose proxy cannot be set up anew.
+        InputError: no cluster answers, or it runs Serve already, whose proxy cannot be set up anew.
     """
-    if not address:
-        port = free_port(host, port)
     with connected(address, offer.directory / "logs"):
         _refuse_running_serve()
+        borrowed = bool(address or os.environ.get("RAY_ADDRESS"))
         pinned: dict[str, Any] = {"scheduling_strategy": here()}
-        ledger = LedgerActor.options(**pinned).remote(str(offer.ledger), True)
-        shelf = ShelfActor.options(**pinned).remote(str(offer.directory))
+        ledger: Any = LedgerActor.options(**pinned).remote(str(offer.ledger.resolve()), True)
+        shelf: Any = ShelfActor.options(**pinned).remote(str(offer.directory.resolve()))
         try:
-            _deploy(offer, ledger, shelf, host, port, replicas)
+            _deploy(offer, ledger, shelf, host, port)
             url = f"http://{_reachable(host)}:{port}"
             HttpClient(url, patience=OPEN_SECONDS).send("GET", "/healthz")
             yield url
         finally:
-            serve.shutdown()
-            for actor in (ledger, shelf):
-                ray.kill(actor)
+            if borrowed:  # a local cluster ends here, and all that is in it
+                serve.shutdown()  # type: ignore[no-untyped-call]
+                for actor in (ledger, shelf):
+                    ray.kill(actor)
+
+
+def wait_for_the_end() -> None:
+    """Waits for SIGINT (Ctrl-C) or SIGTERM, which both end the serving as KeyboardInterrupt."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    while True:
+        time.sleep(3600)
 
 
 def _refuse_running_serve() -> None:
@@ -247,17 +302,14 @@ def _refuse_running_serve() -> None:
         )
 
 
-def _deploy(
-    offer: Offer, ledger: ActorHandle[Any], shelf: ActorHandle[Any], host: str, port: int, replicas: int
-) -> None:
-    gpu = ray.cluster_resources().get("GPU", 0) >= replicas
-    placement = Placement(gpu, 1.0)
+def _deploy(offer: Offer, ledger: ActorHandle[Any], shelf: ActorHandle[Any], host: str, port: int) -> None:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    placement = Placement(resources.get("GPU", 0) >= 1, 1.0)
     logging: Any = {"enable_access_log": False, "log_level": "WARNING"}
     options = {"host": host, "port": port, "request_timeout_s": REQUEST_SECONDS}
     deployment: Any = serve.deployment(
         serve.ingress()(HttpVictim),
         name="door",
-        num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING,
         ray_actor_options=placement.options(),
         logging_config=logging,

@@ -44,7 +44,8 @@ class ModelInfo(BaseModel):
 
     model_config = ConfigDict(title="Model")
 
-    shape: tuple[int, int, int] = Field(description="(C, H, W) of one image")
+    # not a tuple, of which FastAPI makes a schema that OpenAPI 3.1 does not allow
+    shape: list[int] = Field(min_length=3, max_length=3, description="(C, H, W) of one image")
     classes: int = Field(ge=2, description="K, the length of an answer row")
     labels: str = Field(description="answer mode: soft, hard, top-K, round-D, ...")
     max_batch: int = Field(ge=1, description="images in one query at most")
@@ -255,13 +256,14 @@ def connect(
     """
     client = HttpClient(url, token, patience)
     model, account = model_info(client), account_info(client)
+    channels, height, width = model.shape
     return ServiceOracle(
         HttpTransport(url, session=session or secrets.token_hex(8), patience=patience),
         account.account,
         token,
         labels=model.labels,
         classes=model.classes,
-        shape=model.shape,
+        shape=(channels, height, width),
         budget=account.remaining if budget is None else budget,
     )
 
