@@ -1,7 +1,7 @@
 """The command line ``exsim``, the one place that knows all three packages.
 
-Exit status: 0 every row is done (``verify``: the watermark is there), 1 some row failed (``verify``: it is not there),
-2 bad input, 130 interrupted. Bad input is one line on stderr.
+Exit status: 0 every row is done (``verify``: the watermark is there; ``serve``: it was ended), 1 some row failed
+(``verify``: it is not there), 2 bad input, 130 interrupted. Bad input is one line on stderr.
 """
 
 from __future__ import annotations
@@ -239,11 +239,43 @@ def report(run_dir: Path) -> int:
 
 
 @exsim.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--key", required=True, type=click.Path(path_type=Path), help="Key file of the owner.")
 @click.option("--threshold", default=0.2, show_default=True, help="WSR above which the model counts as stolen.")
-def verify(model: Path, key: Path, threshold: float) -> int:
-    """Say whether MODEL (safetensors) carries the watermark of a key. Exit status 0: yes, 1: no."""
+@click.option("--url", help="A suspect behind HTTP, asked in place of MODEL, no longer than a sequential test needs.")
+@click.option("--token", envvar="EXSIM_TOKEN", help="Bearer token at --url (default: EXSIM_TOKEN).")
+@click.option("--stolen-wsr", type=float, help="WSR from which the suspect is surely stolen (default: 2 x threshold).")
+@click.option("--alpha", default=0.05, show_default=True, help="Error rate: verifying an innocent suspect.")
+@click.option("--beta", default=0.05, show_default=True, help="Error rate: missing a stolen one.")
+@click.option("--max-queries", type=click.IntRange(min=1), help="Ask no more than this (default: the whole key).")
+@click.option("--seed", default=0, show_default=True, help="Of the order in which key samples are asked.")
+@click.option("--answer-field", metavar="PATH", help="A foreign API at --url: where its answer has labels or scores.")
+@click.option("--images-field", default="images", show_default=True, help="A foreign API: field of the images.")
+@click.pass_context
+def verify(
+    context: click.Context, /, model: Path | None, key: Path, threshold: float, url: str | None, **how: Any
+) -> int:
+    """Say whether MODEL (safetensors), or the model behind --url, carries the watermark of a key.
+
+    Exit status 0: yes, 1: no.
+    """
+    if (model is None) == (url is None):
+        raise InputError("verify takes a MODEL or --url URL, one of them")
+    if url is not None:
+        from simulator.suspect import verify_url
+
+        found, about = verify_url(url, key, threshold, **how)
+        _console().print(about, soft_wrap=True, highlight=False)
+        return 0 if found.verified else 1
+    given = [name for name in how if context.get_parameter_source(name) is _GIVEN]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} goes with --url, not with a MODEL")
+    assert model is not None
+    return _verify_file(model, key, threshold)
+
+
+def _verify_file(model: Path, key: Path, threshold: float) -> int:
+    """Verifies a model on this disk with the whole key."""
     from pydantic import ValidationError
 
     from simulator.component import describe
@@ -274,6 +306,30 @@ def verify(model: Path, key: Path, threshold: float) -> int:
         highlight=False,
     )
     return 0 if found.verified else 1
+
+
+@exsim.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Model file (safetensors).")
+@click.option("--budget", required=True, type=int, help="Images that each account may ask.")
+@click.option("--labels", default="soft", show_default=True, help="Answer mode: soft, hard, top-K, round-D, ...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets others in.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option("--accounts", type=int, help="How many accounts there are (default: 1).")
+@click.option("--account", "names", multiple=True, metavar="NAME", help="An account by name; may be repeated.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Ledger and tokens (default: runs/serve_ID).")
+@click.option("--address", help="Ray cluster to serve on (default: a local one).")
+def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: Any) -> int:
+    """Serve a model over HTTP, with bearer tokens and a budget for each account, until Ctrl-C. See docs/http.md."""
+    _quiet_ray()
+    from actors.serving import account_names, served, wait_for_the_end
+
+    try:
+        with served(model, names=account_names(accounts, names), **offer) as (offered, url):
+            _console().print("\n".join(offered.lines(url)), soft_wrap=True, highlight=False, markup=False)
+            wait_for_the_end()
+    except KeyboardInterrupt:
+        pass  # Ctrl-C is how a server is ended
+    return 0
 
 
 @exsim.command("list")
@@ -364,6 +420,7 @@ def _shown(path: Path) -> str:
 
 
 _DEFAULT = click.core.ParameterSource.DEFAULT
+_GIVEN = click.core.ParameterSource.COMMANDLINE
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -42,6 +42,18 @@ class Refused(InputError):
     """The ledger refused a request; nothing was charged."""
 
 
+class Unauthorised(Refused):
+    """No such account, or not its token."""
+
+
+class KeyReused(Refused):
+    """The key has paid for other images."""
+
+
+class OverBudget(Refused):
+    """More images were asked than the account has left."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What an account was opened for.
@@ -138,8 +150,10 @@ class Ledger:
         """Charges ``count`` images to the account under ``key``, unless that key has paid for these images already.
 
         Raises:
-            Refused: no such account, wrong token, the key belongs to other images, the budget does not suffice, or
-                something asked is of another type than it has to be.
+            Unauthorised: no such account, or not its token.
+            KeyReused: the key belongs to other images.
+            OverBudget: the budget does not suffice.
+            Refused: a key below 0, no image, or something asked is of another type than it has to be.
         """
         (reply,) = self.reserve_all([Request(account, token, key, count, digest)])
         if isinstance(reply, Refused):
@@ -179,7 +193,7 @@ class Ledger:
         entry = self._find(account)
         # the same answer for an unknown account and a wrong token: nobody learns which accounts exist
         if entry is None or not _fits(asked.token, entry.terms):
-            raise Refused(f"account {_shown(account)}: unknown account or wrong token")
+            raise Unauthorised(f"account {_shown(account)}: unknown account or wrong token")
         name = account if account.isprintable() else repr(account)
         if type(key) is not int or type(count) is not int or type(digest) is not str:
             raise Refused(f"account {name}: key and count must be integers and the digest text")
@@ -189,12 +203,12 @@ class Ledger:
         paid = entry.grants.get(key)
         if paid is not None:
             if paid != (count, digest):
-                raise Refused(f"account {name}: key {key} was used for other images")
+                raise KeyReused(f"account {name}: key {key} was used for other images")
             return Grant(count, fresh=False, remaining=remaining)
         if key < 0 or count < 1:
             raise Refused(f"account {name}: key {key} and count {count} must be at least 0 and 1")
         if count > remaining:
-            raise Refused(f"account {name}: {count} images asked, {remaining} of {entry.terms.budget} remain")
+            raise OverBudget(f"account {name}: {count} images asked, {remaining} of {entry.terms.budget} remain")
         entry.grants[key] = (count, digest)
         entry.spent += count
         return Grant(count, fresh=True, remaining=remaining - count)
@@ -203,7 +217,7 @@ class Ledger:
         """What the account was opened for."""
         entry = self._find(account)
         if entry is None:
-            raise Refused(f"account {_shown(account)}: unknown account or wrong token")
+            raise Unauthorised(f"account {_shown(account)}: unknown account or wrong token")
         return entry.terms
 
     def spent(self, account: str) -> int:

@@ -1,0 +1,284 @@
+"""The HTTP door: the prediction service as a web API, with bearer tokens and the same ledger.
+
+:class:`Door` is a plain class over :class:`~actors.victim.Victim` (checks, charges, answers); the routes only translate
+between it and HTTP, and :class:`HttpVictim` is the shell that Ray Serve deploys behind its HTTP proxy. The messages are
+those of :mod:`simulator.http_oracle`; every error is one :class:`~simulator.http_oracle.Problem`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from starlette.exceptions import HTTPException
+
+from actors.devices import Placement
+from actors.http_body import PredictRequest, Refusal, body_of, images_from_json, images_from_npy
+from actors.victim import Victim
+from simulator import __version__
+from simulator.errors import InputError
+from simulator.http_oracle import NPY, AccountInfo, ModelInfo, Prediction, Problem
+from simulator.ledger import KeyReused, OverBudget, Refused, Terms, Unauthorised, hash_token
+from simulator.service import MalformedQuery, Query
+
+#: the ledger's keys are integers below this
+KEYS = 1 << 63
+
+
+class Door:
+    """What the routes call: accounts by token, and queries answered by the victim.
+
+    Args:
+        victim: checks, charges and answers.
+        ledger: handle of :class:`~actors.ledger.LedgerService`.
+        model: what clients are told of the model.
+        accounts: the accounts' names by the hash of their token.
+    """
+
+    def __init__(self, victim: Victim, ledger: Any, model: ModelInfo, accounts: Mapping[str, str]) -> None:
+        self.model = model
+        self._victim, self._ledger, self._accounts = victim, ledger, dict(accounts)
+
+    def account_of(self, token: str | None) -> str:
+        """The account that a token opens. Only hashes are compared, so the time it takes tells nothing of a token."""
+        account = None if token is None else self._accounts.get(hash_token(token))
+        if account is None:
+            raise Refusal(401, "Unauthorised", "the bearer token is missing or opens no account")
+        return account
+
+    async def account(self, token: str) -> AccountInfo:
+        """The balance of a token's account."""
+        name = self.account_of(token)
+        terms: Terms = await self._ledger.terms.remote(name)
+        spent = await self._ledger.spent.remote([name])
+        return AccountInfo(account=name, budget=terms.budget, spent=spent, remaining=terms.budget - spent)
+
+    async def predict(self, token: str, images: NDArray[np.generic], key: str | None) -> Prediction:
+        """The answer to a query, charged unless its key has paid for these images already."""
+        number = ledger_key(key)
+        query = Query(self.account_of(token), token, number, images)
+        [(answer, grant)] = await self._victim.answer_with_grants([query])
+        if isinstance(answer, InputError):
+            raise await self._refusal(answer, token, len(images))
+        assert grant is not None
+        return Prediction(
+            key=str(number) if key is None else key,
+            charged=grant.count if grant.fresh else 0,
+            remaining=grant.remaining,
+            probabilities=answer.tolist(),
+        )
+
+    async def _refusal(self, error: InputError, token: str, asked: int) -> Refusal:
+        if isinstance(error, MalformedQuery):
+            return Refusal(422, "Malformed query", str(error))
+        if isinstance(error, KeyReused):
+            return Refusal(409, "Key reused", "the Idempotency-Key was used for other images; nothing was charged")
+        if isinstance(error, OverBudget):
+            left = await self.account(token)
+            detail = f"{asked} images asked, {left.remaining} of {left.budget} remain; none was answered or charged"
+            more = {"asked": asked, "remaining": left.remaining, "budget": left.budget}
+            return Refusal(429, "Budget exhausted", detail, **more)
+        if isinstance(error, Unauthorised):
+            return Refusal(401, "Unauthorised", str(error))
+        return Refusal(422 if isinstance(error, Refused) else 500, "Refused", str(error))
+
+
+def ledger_key(text: str | None) -> int:
+    """The ledger's number for an Idempotency-Key: a decimal number below 2^63 is itself, other text is hashed into the
+    upper half of that range, and no text is a random number there: every such query is a new one."""
+    half = KEYS // 2
+    if text is None:
+        return half + secrets.randbelow(half)
+    if text.isascii() and text.isdigit() and str(int(text[:20])) == text and int(text) < KEYS:
+        return int(text)
+    return half + int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % half
+
+
+# -- routes ---------------------------------------------------------------------------------------------------------
+
+router = APIRouter()
+bearer = HTTPBearer(auto_error=False, description="the account's token, as `exsim serve` made it")
+
+
+async def authorised(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> str:
+    """The token of the request, once it has been found to open an account."""
+    token = credentials.credentials if credentials else None
+    request.app.state.door.account_of(token)
+    assert token is not None
+    return token
+
+
+Token = Annotated[str, Depends(authorised)]
+UNAUTHORISED = {401: "no token, or one that opens no account"}
+DOWN = {503: "the service is being started again; ask again with the same key"}
+
+
+def _problems(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": reason, "content": content} for status, reason in reasons.items()}
+
+
+@router.get("/healthz", summary="Whether the door is open")
+async def healthz() -> dict[str, Literal["ok"]]:
+    """Answers when queries can be answered."""
+    return {"status": "ok"}
+
+
+@router.get(
+    "/v1/model",
+    summary="What is asked",
+    responses=_problems(UNAUTHORISED | DOWN),
+    dependencies=[Depends(authorised)],
+)
+async def model(request: Request) -> ModelInfo:
+    """The shape of the images, the number of classes and the answer mode."""
+    info: ModelInfo = request.app.state.door.model
+    return info
+
+
+@router.get("/v1/account", summary="What is left", responses=_problems(UNAUTHORISED | DOWN))
+async def account(request: Request, token: Token) -> AccountInfo:
+    """The account's budget, what was spent of it and what remains, in images."""
+    info: AccountInfo = await request.app.state.door.account(token)
+    return info
+
+
+@router.post(
+    "/v1/predict",
+    summary="Ask",
+    responses=_problems(
+        {
+            **UNAUTHORISED,
+            409: "the key was used for other images",
+            413: "the body is too large",
+            415: "the body is of another type",
+            422: "malformed images; nothing was charged",
+            429: "over budget: `asked` images were refused, `remaining` are left; nothing was charged",
+            **DOWN,
+        }
+    ),
+)
+async def predict(
+    request: Request,
+    token: Token,
+    key: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            min_length=1,
+            max_length=255,
+            description="the client's name for this query: the same images under it again are answered for nothing",
+        ),
+    ] = None,
+) -> Prediction:
+    """Probabilities for one batch of images, charged to the account: as JSON, or as a .npy file of uint8 or float32."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/json", NPY):
+        raise Refusal(415, "Unsupported type", f"body of type {kind[:80]!r}; allowed: application/json, {NPY} (.npy)")
+    body = await body_of(request)
+    if kind == NPY:
+        images = images_from_npy(body)
+    else:
+        images, named = images_from_json(body)
+        if named is not None and key is not None and named != key:
+            raise Refusal(422, "Malformed query", "the key of the body is not that of the header Idempotency-Key")
+        key = key if named is None else named
+    if key is not None and not 1 <= len(key) <= 255:
+        raise Refusal(422, "Malformed query", f"key of {len(key)} characters; allowed: 1 to 255")
+    prediction: Prediction = await request.app.state.door.predict(token, images, key)
+    return prediction
+
+
+def build_app(door: Door) -> FastAPI:
+    """The web application over a door; its OpenAPI schema is at ``/openapi.json``."""
+    # no /docs: its page takes its scripts from elsewhere
+    app = FastAPI(title="exsim prediction service", version=__version__, docs_url=None, redoc_url=None)
+    app.state.door = door
+    app.include_router(router)
+    app.exception_handler(Refusal)(_refused)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_http)
+    app.exception_handler(RayError)(_down)
+    make_schema = app.openapi
+
+    def schema() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _describe_body(make_schema(), door.model)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = schema  # type: ignore[method-assign]
+    return app
+
+
+def _describe_body(schema: dict[str, Any], info: ModelInfo) -> None:
+    """Adds what FastAPI cannot know: the two types of body, the images' shape, and what a problem looks like."""
+    channels, height, width = info.shape
+    images: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 255}
+    for length in (width, height, channels):
+        images = {"type": "array", "items": images, "minItems": length, "maxItems": length}
+    images = {"type": "array", "items": images, "minItems": 1, "maxItems": info.max_batch}
+    body = PredictRequest.model_json_schema()
+    body["properties"]["images"] |= images
+    binary = {"type": "string", "format": "binary", "description": "a .npy file, (B, C, H, W) uint8 or float32"}
+    content = {"application/json": {"schema": body}, NPY: {"schema": binary}}
+    schema["paths"]["/v1/predict"]["post"]["requestBody"] = {"required": True, "content": content}
+    schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _reply(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    body = problem.model_dump(exclude_none=True)
+    return JSONResponse(body, problem.status, dict(headers or {}), "application/problem+json")
+
+
+async def _refused(_: Request, refusal: Any) -> JSONResponse:
+    problem: Problem = refusal.problem
+    return _reply(problem, {"WWW-Authenticate": "Bearer"} if problem.status == 401 else None)
+
+
+async def _invalid(_: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return _reply(Problem(status=422, title="Malformed query", detail=detail))
+
+
+async def _http(_: Request, error: Any) -> JSONResponse:
+    return _reply(Problem(status=error.status_code, title="Refused", detail=str(error.detail)), error.headers)
+
+
+async def _down(*_: object) -> JSONResponse:
+    return _reply(Problem(status=503, title="Unavailable", detail=DOWN[503]), {"Retry-After": "1"})
+
+
+class HttpVictim:
+    """One replica behind Serve's HTTP proxy: the victim, its door, and the routes, in one process."""
+
+    def __init__(
+        self,
+        ledger: ActorHandle[Any],
+        shelf: ActorHandle[Any],
+        placement: Placement,
+        model: Mapping[str, Any],
+        accounts: Mapping[str, str],
+    ) -> None:
+        victim = Victim(ledger, shelf, placement)
+        self._door = Door(victim, ledger, ModelInfo.model_validate(model), accounts)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """What Serve asks for when the replica starts."""
+        return build_app(self._door)
