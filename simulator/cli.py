@@ -132,6 +132,33 @@ def _start(
 @exsim.command()
 @_config
 @_set
+@_data
+@click.option("--out", type=click.Path(path_type=Path), help="Sweep directory (default: runs/<time>_<name>).")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish an earlier sweep.")
+@click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
+@click.pass_context
+def sweep(
+    context: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    address: str | None,
+) -> int:
+    """Search which settings let the watermark survive theft; CONFIG: a sweep preset's name or a YAML file."""
+    _quiet_ray()
+    from tuning.command import run_sweep
+
+    given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
+    if resume is not None and (given or overrides):
+        raise InputError("--resume takes the earlier sweep's configuration; leave out CONFIG, --set and --out")
+    return run_sweep(config, overrides, data, out, resume, address, _console())
+
+
+@exsim.command()
+@_config
+@_set
 def plan(config: str, overrides: tuple[str, ...]) -> int:
     """Show what CONFIG would run, its queries and its resources; run nothing."""
     from simulator.plan import make_plan
