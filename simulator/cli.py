@@ -198,7 +198,14 @@ def plan(config: str, overrides: tuple[str, ...]) -> int:
 @exsim.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def report(run_dir: Path) -> int:
-    """Print the table of a run and write its plots and page."""
+    """Print the table of a run or a sweep and write its plots and page."""
+    if (run_dir / "sweep" / "config.yaml").is_file():
+        from tuning.report import print_sweep, write_sweep_report
+
+        page = write_sweep_report(run_dir)
+        print_sweep(run_dir, _console())
+        _console().print(f"report: {_shown(page)}", soft_wrap=True)
+        return 0
     from simulator.report import render_table, write_report
     from simulator.results import read_rows
 

@@ -42,9 +42,7 @@ def run_sweep(
         config = read_sweep(source, overrides)
         world, proposals = prepare_sweep(config, data)
         directory = create(config, out)
-    info = collect_provenance(
-        sys.argv, name=config.name, mode="ray", seeds=config.seeds, config_yaml=config.to_yaml()
-    )
+    info = collect_provenance(sys.argv, name=config.name, mode="ray", seeds=config.seeds, config_yaml=config.to_yaml())
     write_run_info(directory.path, info)
     display = Display(console, total=proposals.total, noun="trials ended")
     state, status = "failed", 1

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from simulator.component import Settings, describe
-from simulator.config import RunConfig, ScenarioConfig, Seed, apply_override, check_config, dump_yaml, read_settings, set_path
+from simulator.config import (
+    RunConfig,
+    ScenarioConfig,
+    Seed,
+    apply_override,
+    check_config,
+    dump_yaml,
+    read_settings,
+    set_path,
+)
 from simulator.errors import InputError
 from tuning.objective import Objective
 from tuning.space import Axis, default_setting, grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback, LoggerCallback, TBXLoggerCallback
@@ -16,9 +17,11 @@ def callbacks(loggers: Mapping[str, Mapping[str, Any]]) -> list[LoggerCallback]:
     Raises:
         InputError: a logger's package is not installed, or does not take the arguments.
     """
-    made = []
+    made: list[LoggerCallback] = []
     for name, arguments in loggers.items():
         try:
+            if name in ("mlflow", "wandb"):
+                import_module(name)  # Ray's callback would miss it only when the sweep has begun
             made.append(_kind(name)(**arguments))
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"loggers.{name}: {one_line(error)}") from None
@@ -27,12 +30,10 @@ def callbacks(loggers: Mapping[str, Mapping[str, Any]]) -> list[LoggerCallback]:
 
 def _kind(name: str) -> Any:
     if name == "mlflow":
-        import mlflow  # noqa: F401 - Ray's callback would say so only when the sweep has begun
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         return MLflowLoggerCallback
     if name == "wandb":
-        import wandb  # noqa: F401
         from ray.air.integrations.wandb import WandbLoggerCallback
 
         return WandbLoggerCallback

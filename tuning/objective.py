@@ -30,8 +30,8 @@ class Stolen(Settings):
 
 
 class Measured(Settings):
-    """What is known of one seed of a setting. ``victim_wsr`` and ``accuracy`` are those of a half-trained victim as long
-    as ``benign_wsr`` is None."""
+    """What is known of one seed of a setting; ``accuracy`` and ``victim_wsr`` are those of a half-trained victim as
+    long as ``benign_wsr`` is None."""
 
     seed: int
     benign_accuracy: float
@@ -100,8 +100,8 @@ class Objective(Settings):
 def metrics(objective: Objective, found: Sequence[Measured], attacks: int) -> dict[str, Any]:
     """What a trial reports: means over its seeds, rates as fractions; what is not known yet is missing.
 
-    ``value`` is by what has been measured, ``guaranteed`` counts what has not as 0, and ``wsr/ATTACK`` is one column for
-    each stolen model.
+    ``value`` is by what has been measured, ``guaranteed`` counts what has not as 0, and each stolen model has a
+    ``wsr/ATTACK``.
     """
     mean = statistics.fmean
     reported: dict[str, Any] = {

@@ -60,9 +60,9 @@ class Listed:
 class Learned:
     """Settings proposed by Optuna, through Tune's own :class:`OptunaSearch`.
 
-    Optuna is told of a whole batch at once, in the order of its numbers, and only then asked for the next: its proposals
-    depend on the results alone, and a sweep that is started again proposes the same settings. A trial that was stopped
-    is told with what it is sure to reach (``guaranteed``: a WSR that was not measured counts as 0).
+    Optuna is told of a whole batch at once, in the order of its numbers, and only then asked for the next: what it
+    proposes depends on the results alone, and a sweep that is started again proposes the same settings. A trial that
+    was stopped is told with what it is sure to reach (``guaranteed``: a WSR that was not measured counts as 0).
 
     Args:
         pareto: two objectives, accuracy drop and worst WSR, in place of the scalarised value.
@@ -71,9 +71,8 @@ class Learned:
 
     def __init__(self, config: SweepConfig, *, pareto: bool, batch: int) -> None:
         try:
-            from ray.tune.search.optuna import OptunaSearch
-
             import optuna
+            from ray.tune.search.optuna import OptunaSearch
         except ImportError:
             raise InputError("search: optuna is not installed; pip install 'extraction-simulator[optuna]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -100,6 +99,7 @@ class Learned:
     def propose(self, number: int) -> Setting:
         """See :class:`Proposals`."""
         found = self._search.suggest(str(number))
+        assert found is not None
         return {path: rounded(found[path]) for path in sorted(self._axes)}
 
     def learn(self, number: int, outcome: Outcome) -> None:

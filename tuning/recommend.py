@@ -55,8 +55,8 @@ class Figures(Settings):
 
 
 class Candidate(Settings):
-    """The winner, or the default setting: as the search saw it (not at all, if it was stopped early), on fresh seeds with
-    the search's attacks, and on fresh seeds with the attacks that it did not see."""
+    """The winner, or the default setting: as the search saw it (not at all, if it was stopped early), on fresh seeds
+    with the search's attacks, and on fresh seeds with the attacks that it did not see."""
 
     setting: Mapping[str, Any]
     searched: Figures | None
@@ -99,7 +99,7 @@ class Recommendation(Settings):
 
 
 def ranked(config: SweepConfig, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that ran to their end, best first: those within the allowed drop, by the lower bound of their value."""
+    """The trials that ran to their end, those within the allowed drop first, then by the lower bound of their value."""
 
     def key(one: TrialRecord) -> tuple[bool, float, int]:
         assert one.drop is not None

@@ -28,10 +28,9 @@ class TrialRecord(Settings):
         number: in the order of proposal, from 0, which is the default setting.
         status: ``done``; ``stopped`` at the rung named by ``stage``; ``failed``.
         found: what was measured of each seed.
-        value: by what was measured; ``value_lower`` its lower confidence bound over seeds, by which settings are ranked.
-        work_seconds: of training, stealing and measuring, over all workers.
-        wait_seconds: at rungs, for the trials of its bracket.
-        overhead_seconds: of its own time in which nothing of it was being computed or waited for a worker.
+        value: by what was measured; ``value_lower`` its lower confidence bound over seeds, by which they are ranked.
+        work_seconds: of training, stealing and measuring, and of waiting for a worker, of all its seeds together.
+        overhead_seconds: of its own time in which nothing of it was being done or waited for a worker: Tune's.
     """
 
     trial: str

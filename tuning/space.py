@@ -1,8 +1,8 @@
 """What is searched: dotted paths of a run configuration, each with one of Tune's domains, and how they are enumerated.
 
-    space:
-      watermarks.0.margin: {loguniform: [0.5, 10]}
-      watermarks.0.centroid: {choice: [batch, learnable]}
+space:
+  watermarks.0.margin: {loguniform: [0.5, 10]}
+  watermarks.0.centroid: {choice: [batch, learnable]}
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ LISTS = ("choice", "grid")
 #: significant digits of a sampled number: settings that differ by less are one setting
 DIGITS = 4
 #: what all trials share, and so cannot differ between them
-SHARED = ("name", "seeds", "dataset", "device", "resources", "verification", "controls", "accuracy_tolerance")
-SHARED += ("save_transfer_sets", "sync_ledger")
+SHARED = (
+    *("name", "seeds", "dataset", "device", "resources", "verification", "controls", "accuracy_tolerance"),
+    *("save_transfer_sets", "sync_ledger"),
+)
 
 
 class Axis(Settings):
@@ -92,7 +94,8 @@ class Axis(Settings):
     def tune(self) -> Domain:
         """The axis as Tune's own domain; a grid as a choice."""
         if self.domain in LISTS:
-            return tune.choice(list(self.arguments))
+            listed: Domain = tune.choice(list(self.arguments))
+            return listed
         domain: Domain = getattr(tune, self.domain)(*self.arguments)
         return domain
 
@@ -232,7 +235,7 @@ def random(base: RunConfig, space: Mapping[str, Axis], trials: int, seed: int) -
             )
         )
         for draw in range(100):
-            source = np.random.RandomState(seed_of("sweep", seed, number, draw) % 2**32)  # noqa: NPY002 - Tune's own
+            source = np.random.RandomState(seed_of("sweep", seed, number, draw) % 2**32)
             setting = {path: turn[path] if path in turn else space[path].sample(source) for path in paths}
             if setting not in found:
                 found.append(setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from actors.cluster import Layout, here
 from actors.crew import Crew
@@ -29,8 +30,8 @@ from tuning.config import SweepConfig, read_sweep
 from tuning.halving import Halving
 from tuning.loggers import callbacks
 from tuning.proposals import Learned, Listed, proposals
-from tuning.records import TrialRecord, record, write_trials
 from tuning.recommend import Confirmation, Recommendation, recommend
+from tuning.records import TrialRecord, record, write_trials
 from tuning.space import Setting, applied, check_space, setting_id
 from tuning.trial import Trial
 from tuning.tuner import Course, Feeder, Rungs, Watch
@@ -144,9 +145,9 @@ class Sweep:
         write_atomically(self._directory.path / "best.yaml", self._best(chosen.winner.setting).encode())
         return chosen
 
-    def _best(self, setting: Setting) -> str:
+    def _best(self, setting: Mapping[str, Any]) -> str:
         """The run configuration of the winner with the attacks and seeds that confirmed it, for ``exsim run``."""
-        best = _plain(applied(self._config.run_config("holdout"), setting))
+        best = _plain(applied(self._config.run_config("holdout"), dict(setting)))
         best |= {"name": f"{self._config.base.name}-best", "controls": self._config.base.controls}
         return f"# the setting that {self._config.name} recommends\n" + check_config(best).to_yaml()
 
@@ -189,7 +190,8 @@ class Sweep:
         status = "failed" if number in course.failed else "stopped" if number in course.stopped else "done"
         report = course.reports.get(number, {"error": f"its process died {ATTEMPTS + 1} times"})
         data = record(number, setting_id(setting), setting, report, status)
-        self.records[number] = found = TrialRecord.model_validate(data)
+        data["overhead_seconds"] = max(0.0, course.seconds.get(number, 0.0) - report.get("busy_seconds", 0.0))
+        self.records[number] = found = TrialRecord.model_validate_json(json.dumps(data))
         write_trials(self._directory.path / "sweep" / "trials.parquet", self._sorted(), self._yaml)
         self._display.finished += 1
         if status == "failed":
@@ -209,8 +211,8 @@ class Sweep:
     def _look(self) -> None:
         try:
             tasks, rows = ray.get(self._workshop.glance.remote())
-        except RayError:  # it is being started again
-            return
+        except RayActorError as error:
+            raise RuntimeError("the sweep's workshop died; what was measured is kept, resume the sweep") from error
         for row in rows:
             if row.status == "failed":
                 self._display.note(f"failed: {row.attack or 'training'} on {row.victim}: {row.error}", "bold red")
@@ -228,9 +230,8 @@ class Sweep:
                 reply = ray.get(reference)
             except RayError as error:
                 reply = {"found": [], "error": one_line(error)}
-            found[name] = Confirmation(
-                setting=dict(settings[name]), found=tuple(reply["found"]), error=reply["error"]
-            )
+            data = {"setting": settings[name], "found": reply["found"], "error": reply["error"]}
+            found[name] = Confirmation.model_validate_json(json.dumps(data))
         return found
 
 
@@ -245,8 +246,8 @@ def _a_place_here() -> dict[str, float]:
 
 @contextmanager
 def _quiet_tune() -> Any:
-    """Tune without its tables on the terminal, its own choice of loggers, and its handler of Ctrl-C, which would take the
-    sweep for done."""
+    """Tune without its tables on the terminal, its own choice of loggers, and its handler of Ctrl-C, which would take
+    the sweep for done."""
     wanted = {
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +37,22 @@ class Trial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._setting, self._next = config["setting"], 0
-        self._work = self._overhead = 0.0
+        self._work = self._busy = 0.0
 
     def step(self) -> dict[str, Any]:
         """Has the next stage computed and reports what is known of the trial by then; a victim or a theft that failed
         ends the trial, with its ``error`` and the worst value."""
-        started, stage = time.monotonic(), self._stages[self._next]
+        stage = self._stages[self._next]
         reply = ray.get(self._workshop.stage.remote(self._setting, stage))
         self._next += 1
         self._work += reply["work"]
-        self._overhead += time.monotonic() - started - reply["busy"]
+        self._busy += reply["busy"]
         report = {
             "stage": stage,
             "last_stage": self._stages[-1],
             "found": json.dumps(reply["found"]),
             "work_seconds": self._work,
-            "step_overhead": self._overhead,
+            "busy_seconds": self._busy,
         }
         if reply["error"]:
             return report | {"error": reply["error"], "value": self._objective.worst, "done": True}
@@ -65,13 +64,13 @@ class Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Keeps which stage is next: all else is in the sweep's directory."""
-        state = {"next": self._next, "work": self._work, "overhead": self._overhead}
+        state = {"next": self._next, "work": self._work, "busy": self._busy}
         (Path(checkpoint_dir) / STATE).write_text(json.dumps(state))
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
         """Goes on with the stage that :meth:`save_checkpoint` noted."""
         state = json.loads((Path(checkpoint_dir) / STATE).read_text())
-        self._next, self._work, self._overhead = state["next"], state["work"], state["overhead"]
+        self._next, self._work, self._busy = state["next"], state["work"], state["busy"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Becomes another trial, so that a process serves many."""

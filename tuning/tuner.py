@@ -7,6 +7,7 @@ of them go on is decided by :mod:`tuning.proposals` and :mod:`tuning.halving`, w
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ class Course:
     """What the hooks share: which trials are under way, and what each has reported.
 
     Attributes:
-        active: numbers of the trials that hold a process; the others wait at a rung or have ended.
+        active: numbers of the trials that hold a process, and since when; the others wait at a rung or have ended.
+        seconds: how long each trial has been active, all in all.
         reports: the last report of every trial.
         stopped: trials that a rung has ended.
         failed: trials that ended with an error.
@@ -34,7 +36,8 @@ class Course:
     def __init__(self, proposals: Listed | Learned, halving: Halving, concurrent: int) -> None:
         self.proposals, self.halving, self.concurrent = proposals, halving, concurrent
         self.settings: list[dict[str, Any]] = []
-        self.active: set[int] = set()
+        self.active: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
         self.reports: dict[int, dict[str, Any]] = {}
         self.ended: set[int] = set()
         self.stopped: set[int] = set()
@@ -44,6 +47,15 @@ class Course:
     def room(self) -> bool:
         """Whether another trial may start or go on."""
         return len(self.active) < self.concurrent
+
+    def enter(self, number: int) -> None:
+        """A trial gets a process."""
+        self.active[number] = time.monotonic()
+
+    def leave(self, number: int) -> None:
+        """A trial gives its process back."""
+        if number in self.active:
+            self.seconds[number] = self.seconds.get(number, 0.0) + time.monotonic() - self.active.pop(number)
 
 
 class Feeder(Searcher):
@@ -63,14 +75,14 @@ class Feeder(Searcher):
             return None
         setting = course.proposals.propose(number)
         course.settings.append(setting)
-        course.active.add(number)
+        course.enter(number)
         self._numbers[trial_id] = number
         return {"number": number, "trial": setting_id(setting), "setting": setting}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Tells the proposals what became of a trial, whether it ran to its end, was stopped or failed."""
         course, number = self._course, self._numbers[trial_id]
-        course.active.discard(number)
+        course.leave(number)
         course.ended.add(number)
         if error:
             course.failed.add(number)
@@ -89,7 +101,7 @@ class Rungs(TrialScheduler):
     _supports_buffered_results = False
 
     def __init__(self, course: Course) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._course = course
         self._trials: dict[int, Any] = {}
         self._waiting: list[int] = []  # may go on, when there is room
@@ -118,12 +130,13 @@ class Rungs(TrialScheduler):
             return self.STOP
         if number in decision.go:
             return self.CONTINUE
-        course.active.discard(number)
+        course.leave(number)
         return self.PAUSE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """A trial has run to its end, or was stopped."""
         number = trial.config["number"]
+        self._course.leave(number)
         self._course.reports[number] = dict(result)
         if result.get("error"):
             self._course.failed.add(number)
@@ -146,7 +159,7 @@ class Rungs(TrialScheduler):
         for number in self._waiting if self._course.room else ():
             if self._trials[number].status == "PAUSED":
                 self._waiting.remove(number)
-                self._course.active.add(number)
+                self._course.enter(number)
                 return self._trials[number]
         return None
 
@@ -174,6 +187,10 @@ class Watch(tune.Callback):
 
     def __init__(self, turn: Callable[[], None], ended: Callable[[int], None]) -> None:
         self._turn, self._ended = turn, ended
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes its arguments down for a restart of its own, which a sweep never uses."""
+        return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop."""

@@ -34,6 +34,8 @@ from tuning.space import Setting, applied
 
 #: from when to when a piece of work waited for a worker or was in its hands, ``time.monotonic()`` of this process
 Span = tuple[float, float]
+#: a row's role, its scenario's or model's id, and the parameters of the watermark whose key it was measured with
+Place = tuple[Literal["benign", "victim", "stolen"], str, str]
 
 
 class WorkFailed(Exception):
@@ -88,16 +90,14 @@ class Workshop:
     def __init__(self, path: str, config: SweepConfig, crew: Crew) -> None:
         self._directory, self._config, self._crew = RunDirectory(Path(path)), config, crew
         self._phases = Folder(Path(path) / "sweep" / "phases", ".json")
-        self._rows = {(row.role, row.scenario_id, row.watermark_params): row for row in self._good()}
+        self._rows: dict[Place, Row] = {}
+        self._keep([row for row in self._directory.rows() if row.status == "ok"])
         self._works: dict[str, asyncio.Task[Any]] = {}
         self._spans: dict[str, list[Span]] = {}
         self._running: dict[str, tuple[str, int | None, tuple[str, ...]]] = {}
         self._new_rows: list[Row] = []
         self._trainers = Workers(crew.new_trainer, crew.layout.trainers)
         self._attackers = Workers(crew.new_attacker, crew.layout.attackers)
-
-    def _good(self) -> list[Row]:
-        return [row for row in self._directory.rows() if row.status == "ok"]
 
     async def stage(self, setting: Setting, stage: str) -> dict[str, Any]:
         """Does a stage of a trial for all of its seeds, and all stages before it that are not done.
@@ -135,7 +135,7 @@ class Workshop:
     async def _measure(
         self, config: RunConfig, stages: list[str], until: str, *, at_once: bool = False
     ) -> dict[str, Any]:
-        plan = make_plan(config)
+        asked, plan = time.monotonic(), make_plan(config)
         works: set[str] = set()
         by_seed = {
             victim.seed: (victim, [scenario for scenario in plan.scenarios if scenario.victim.id == victim.id])
@@ -149,7 +149,8 @@ class Workshop:
         for one in broken:
             if not isinstance(one, WorkFailed):
                 raise one
-        spans = [span for work in works for span in self._spans.get(work, ())]
+        # what another trial began before this one asked counts from then on
+        spans = [(max(first, asked), last) for work in works for first, last in self._spans.get(work, ())]
         return {
             "found": [one.model_dump(mode="json") for one in results if isinstance(one, Measured)],
             "error": str(broken[0]) if broken else None,
@@ -242,9 +243,7 @@ class Workshop:
         if self._directory.has_owner(spec):
             refs = list(collector.load_owner.options(num_returns=4).remote(spec))
         else:
-            refs = await self._trainers.do(
-                lambda one: one.train.options(num_returns=4).remote(spec, benign), begin
-            )
+            refs = await self._trainers.do(lambda one: one.train.options(num_returns=4).remote(spec, benign), begin)
         self._note(await collector.add_owner.remote(spec, refs[1]))
         self._finish(spec.id, begun)
         return refs
@@ -271,7 +270,7 @@ class Workshop:
         """A stolen model's row."""
         (of,) = plan.keys_for(scenario)
         assert of.watermark is not None
-        place = ("stolen", scenario.id, of.watermark.params_json())
+        place: Place = ("stolen", scenario.id, of.watermark.params_json())
 
         async def work() -> Row:
             if place not in self._rows:
@@ -317,7 +316,10 @@ class Workshop:
 
     def _note(self, rows: list[Row]) -> None:
         self._new_rows += rows
-        self._rows |= {(row.role, row.scenario_id, row.watermark_params): row for row in rows if row.status == "ok"}
+        self._keep([row for row in rows if row.status == "ok"])
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        self._rows |= {(row.role, row.scenario_id, row.watermark_params): row for row in rows}
 
     def _finish(self, name: str, begun: float) -> None:
         self._spans[name].append((begun, time.monotonic()))
@@ -337,4 +339,4 @@ def _attack(scenario: Scenario) -> str:
     return " ".join([*parts, str(scenario.budget)])
 
 
-WorkshopActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Workshop)
+WorkshopActor = ray.remote(num_cpus=0)(Workshop)

@@ -111,9 +111,7 @@ class DeepTracer(Watermark):
             info=candidates.info,
         )
 
-    def _keys(
-        self, task: OwnerTask, sources: tuple[int, ...], target: int, generator: torch.Generator
-    ) -> KeySamples:
+    def _keys(self, task: OwnerTask, sources: tuple[int, ...], target: int, generator: torch.Generator) -> KeySamples:
         """Mosaics of test images with the target label."""
         images = Mosaics(task.dataset.test, sources).draw(self.candidates, generator)
         info = {"scheme": self.name, "sources": list(sources), "target": target}
