@@ -28,10 +28,10 @@ NONE = "–"
 SHOWN = 12
 
 LEGEND = (
-    "Means over the seeds; drop: accuracy below the benign model's, in points; WSR: watermark success rate. worst: the "
-    "lowest WSR of the models that the search's attacks stole. value: worst (or what the objective aggregates) less the "
-    "penalty for a drop beyond the limit; bound: its lower confidence bound over the seeds, by which trials are ranked. "
-    "A trial that was stopped early has the figures of what was measured of it."
+    "Means over the seeds; drop: accuracy below the benign model's, in points; WSR: watermark success rate. "
+    "worst: the lowest WSR of the models that the search's attacks stole. value: worst (or what the objective "
+    "aggregates) less the penalty for a drop beyond the limit; bound: its lower confidence bound over the seeds, by "
+    "which trials are ranked. A trial that was stopped early has the figures of what was measured of it."
 )
 
 
@@ -223,7 +223,8 @@ def notes(found: Found) -> list[str]:
         return said
     if not chosen.feasible:
         said.append(
-            f"No trial kept the accuracy drop within {100 * objective.max_drop:g} points; the winner has the best value."
+            f"No trial kept the accuracy drop within {100 * objective.max_drop:g} points; the winner has the best "
+            "value."
         )
     fresh = chosen.winner.fresh
     if fresh is not None and chosen.feasible and fresh.drop > objective.max_drop:
