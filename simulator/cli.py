@@ -258,7 +258,7 @@ def verify(model: Path, key: Path, threshold: float) -> int:
 @exsim.command("list")
 @click.argument("what", default="all")
 def list_(what: str) -> int:
-    """List attacks, watermarks, removals, models, datasets or presets."""
+    """List attacks, watermarks, models, datasets, presets or sweeps."""
     from simulator.attacks.base import ATTACKS
     from simulator.component import one_of
     from simulator.config import presets
@@ -272,6 +272,7 @@ def list_(what: str) -> int:
         "models": describe_models,
         "datasets": describe_datasets,
         "presets": lambda: list(presets().items()),
+        "sweeps": lambda: list(presets("tuning").items()),
     }
     if what not in (*families, "all"):
         raise InputError(one_of(what, [*families, "all"]))
