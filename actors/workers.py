@@ -127,6 +127,11 @@ class CollectorService:
         self._directory.checkpoints.clear(spec.id)
         return self._know(spec, owner)
 
+    def benign_accuracy(self, spec: OwnerModel) -> float:
+        """The accuracy of a benign model that has been added, in [0, 1]."""
+        self._know_from_disk(spec)
+        return self._collector.accuracy(spec)
+
     def add_stolen(self, scenario: Scenario, theft: Theft, charged: int, keys: Sequence[OwnerModel]) -> list[Row]:
         """Keeps a stolen model on disk and measures it."""
         self._directory.save_theft(scenario, theft)

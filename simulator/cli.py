@@ -150,6 +150,33 @@ def _start(
 @_config
 @_set
 @_data
+@click.option("--out", type=click.Path(path_type=Path), help="Sweep directory (default: runs/<time>_<name>).")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish an earlier sweep.")
+@click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
+@click.pass_context
+def sweep(
+    context: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    address: str | None,
+) -> int:
+    """Search which settings let the watermark survive theft; CONFIG: a sweep preset's name or a YAML file."""
+    _quiet_ray()
+    from tuning.command import run_sweep
+
+    given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
+    if resume is not None and (given or overrides):
+        raise InputError("--resume takes the earlier sweep's configuration; leave out CONFIG, --set and --out")
+    return run_sweep(config, overrides, data, out, resume, address, _console())
+
+
+@exsim.command()
+@_config
+@_set
+@_data
 @click.option("--address", help="Ray cluster to fit it onto (default: this machine).")
 def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: str | None) -> int:
     """Show what CONFIG would run, its queries, resources, time and memory, and what fits; run nothing."""
@@ -226,7 +253,14 @@ def _estimate(config: Any, made: Any, data: Path | None, address: str | None) ->
 @exsim.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def report(run_dir: Path) -> int:
-    """Print the table of a run and write its plots and page."""
+    """Print the table of a run or a sweep and write its plots and page."""
+    if (run_dir / "sweep" / "config.yaml").is_file():
+        from tuning.report import print_sweep, write_sweep_report
+
+        page = write_sweep_report(run_dir)
+        print_sweep(run_dir, _console())
+        _console().print(f"report: {_shown(page)}", soft_wrap=True)
+        return 0
     from simulator.report import render_table, write_report
     from simulator.results import read_rows
 
@@ -335,7 +369,7 @@ def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: An
 @exsim.command("list")
 @click.argument("what", default="all")
 def list_(what: str) -> int:
-    """List attacks, watermarks, detectors, removals, models, datasets or presets."""
+    """List attacks, watermarks, detectors, removals, models, datasets, presets or sweeps."""
     from simulator.attacks.base import ATTACKS
     from simulator.component import one_of
     from simulator.config import presets
@@ -352,6 +386,7 @@ def list_(what: str) -> int:
         "models": describe_models,
         "datasets": describe_datasets,
         "presets": lambda: list(presets().items()),
+        "sweeps": lambda: list(presets("tuning").items()),
     }
     if what not in (*families, "all"):
         raise InputError(one_of(what, [*families, "all"]))

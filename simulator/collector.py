@@ -49,6 +49,10 @@ class Collector:
         """Whether this model of the owner's has been added."""
         return spec.id in self._labels
 
+    def accuracy(self, spec: OwnerModel) -> float:
+        """The test accuracy, in [0, 1], of a model of the owner's that has been added."""
+        return accuracy(self._labels[spec.id], self._test.labels)
+
     def add_benign(self, spec: OwnerModel, model: Classifier, seconds: float, started: datetime) -> None:
         """Takes the benign model of a seed. Its rows follow with each key, which :meth:`add_victim` brings."""
         self._benigns[spec.id] = (model, seconds, started)

@@ -230,8 +230,13 @@ class RunConfig(Settings):
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that :func:`read_config` reads back to an equal one."""
-        text: str = yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-        return text
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that is read back as it was."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 class _Loader(yaml.SafeLoader):

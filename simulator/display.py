@@ -49,11 +49,13 @@ class Display:
     Args:
         total: scenarios and victims that will be measured.
         quiet: draw nothing but notes.
+        noun: what is counted.
     """
 
     console: Console
     total: int
     quiet: bool = False
+    noun: str = "measured"
     tasks: dict[str, Task] = field(default_factory=dict)
     finished: int = 0
     failures: int = 0
@@ -119,7 +121,7 @@ class Display:
             return
         self._last_line = now
         under_way = "; ".join(task.line() for task in self.tasks.values()) or self.status
-        self.note(f"[{now - self._started:.0f} s] {self.finished}/{self.total} measured; {under_way}")
+        self.note(f"[{now - self._started:.0f} s] {self.finished}/{self.total} {self.noun}; {under_way}")
 
     def __rich__(self) -> RenderableType:
         table = Table.grid(padding=(0, 1))
@@ -136,5 +138,5 @@ class Display:
         failed = f", {self.failures} failed" if self.failures else ""
         status = f"  {self.status}" if self.status else ""
         return Group(
-            table, Text(f"{self.finished}/{self.total} measured{failed}, {seconds:.0f} s{status}", style="dim")
+            table, Text(f"{self.finished}/{self.total} {self.noun}{failed}, {seconds:.0f} s{status}", style="dim")
         )

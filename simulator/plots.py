@@ -68,7 +68,7 @@ def wsr_vs_accuracy(found: Sequence[Line], threshold: float) -> str:
         if any(is_control(row) for row in rows):
             handles.append(_handle((INK, "o"), label="hollow: control, stolen\nfrom the benign model", hollow=True))
         figure.legend(handles=handles, loc="outside right upper")
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def budget_curves(found: Sequence[Line], threshold: float) -> str | None:
@@ -113,7 +113,7 @@ def budget_curves(found: Sequence[Line], threshold: float) -> str | None:
         handles = [_handle(look, label=series, line="-") for series, look in looks.items()]
         handles.append(_handle((INK, "o"), label="dotted, hollow: control", line=":", hollow=True))
         figure.legend(handles=handles, loc="outside right upper")
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def inline(svg: str, name: str) -> str:
@@ -204,7 +204,8 @@ def _handle(look: tuple[str, str], *, label: str, line: Literal["-", ":", ""] = 
     )
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
+    """A figure as SVG, without what differs from one drawing to the next."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_BARE)
     return buffer.getvalue()

@@ -123,13 +123,13 @@ def markdown_table(rows: Iterable[Row]) -> str:
     found = lines(rows)
     shown = columns(found)
     text = [
-        "| " + " | ".join(_markdown(column.heading) for column in shown) + " |",
+        "| " + " | ".join(markdown_cell(column.heading) for column in shown) + " |",
         "| " + " | ".join("---" if column.text else "---:" for column in shown) + " |",
     ]
-    text += ["| " + " | ".join(_markdown(column.cell(line)) for column in shown) + " |" for line in found]
+    text += ["| " + " | ".join(markdown_cell(column.cell(line)) for column in shown) + " |" for line in found]
     text += ["", LEGEND, ""]
-    text += [f"- **Warning:** {_markdown(note)}" for note in doubts(found)]
-    text += [f"- **Failed:** {_markdown(error)}" for error in _errors(found)]
+    text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
+    text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
     return "\n".join(text).rstrip() + "\n"
 
 
@@ -178,7 +178,7 @@ def _page(info: RunInfo, found: Sequence[Line], config: str, svgs: dict[str, str
     )
     return environment.get_template("report.html").render(
         info=info,
-        facts=_facts(info),
+        facts=facts(info),
         alarms=[*_alarms(info, found), *info.warnings, *doubts(found)],
         classes=_classes,
         of_victims=_of_victims,
@@ -209,7 +209,8 @@ def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
     return notes
 
 
-def _facts(info: RunInfo) -> list[tuple[str, str]]:
+def facts(info: RunInfo) -> list[tuple[str, str]]:
+    """Where a run's figures come from: names and values for its page."""
     took = NONE if info.finished is None else str(info.finished - info.started).partition(".")[0]
     commit = NONE if info.git_commit is None else info.git_commit + (" + changes" if info.git_dirty else "")
     return [
@@ -349,7 +350,8 @@ def _printable(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def _markdown(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Text as it may stand in a cell of a Markdown table."""
     escaped = html.escape(_printable(text), quote=False)
     for letter in "\\|*_`[]~":
         escaped = escaped.replace(letter, "\\" + letter)

@@ -256,11 +256,11 @@ def write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, confi
     """Write records as one Parquet file, atomically, with the schema version and the config in its metadata."""
     metadata = {"exsim.schema_version": str(SCHEMA_VERSION), "exsim.config": config_json}
     part = pa.Table.from_pylist([record.model_dump() for record in records], schema=schema.with_metadata(metadata))
-    _replace(path, lambda file: pq.write_table(part, file))
+    replace_file(path, lambda file: pq.write_table(part, file))
     return path
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path`` and move it there: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # hidden and with another suffix, so that a writer killed here leaves nothing that *.parquet would match
@@ -348,7 +348,7 @@ def write_run_info(run_dir: Path, info: RunInfo) -> Path:
     """Write ``run.json``, atomically."""
     checked = RunInfo.model_validate(info.model_dump())  # model_copy(update=...) checks nothing
     path = run_dir / "run.json"
-    _replace(path, lambda file: file.write_text(checked.model_dump_json(indent=2) + "\n", encoding="utf-8"))
+    replace_file(path, lambda file: file.write_text(checked.model_dump_json(indent=2) + "\n", encoding="utf-8"))
     return path
 
 

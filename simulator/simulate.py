@@ -165,28 +165,29 @@ def train_phase(
     spec: OwnerModel,
     world: World,
     benign: Classifier,
-    phase: str,
+    until: str,
     device: torch.device,
     progress: Progress = silent,
     checkpoint: Checkpoint = NO_CHECKPOINT,
 ) -> HalfTrained:
     """Trains a marked victim to the end of one of its scheme's :meth:`~Watermark.phases` and measures it.
 
-    :func:`train_owner` with the same checkpoint goes on from there, to the same model as if it had not been interrupted.
+    :func:`train_owner` with the same checkpoint goes on from there, to the same model as without an interruption.
     """
     clock, test = time.perf_counter(), world.dataset.test
-    found: list[float] = []
+    found: list[HalfTrained] = []
 
-    def listen(name: str, model: Classifier, probe: Callable[[], KeySamples]) -> None:
-        if name == phase:
+    def listen(phase: str, model: Classifier, probe: Callable[[], KeySamples]) -> None:
+        if phase == until:
             key = probe()
-            found.append(accuracy(predict_labels(model, test.images), test.labels))
-            found.append(accuracy(predict_labels(model, key.images), key.labels))
+            right = accuracy(predict_labels(model, test.images), test.labels)
+            wsr = accuracy(predict_labels(model, key.images), key.labels)
+            found.append(HalfTrained(right, wsr, time.perf_counter() - clock))
             raise _PhaseOver
 
     with suppress(_PhaseOver):
         _embed(spec, world, benign, device, progress, checkpoint, listen)
-    return HalfTrained(*found, time.perf_counter() - clock)
+    return found[0]
 
 
 def _embed(

@@ -1,0 +1,85 @@
+"""``exsim sweep``: reads, checks, runs, reports; the exit statuses of ``exsim run``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.cluster import connected, lay_out
+from simulator.display import Display
+from simulator.errors import InputError
+from simulator.results import collect_provenance, write_run_info
+from tuning.config import read_sweep
+from tuning.report import print_sweep, write_sweep_report
+from tuning.sweep import Sweep, create, prepare_sweep, resume
+
+INTERRUPTED = 130
+
+
+def run_sweep(
+    source: str,
+    overrides: Sequence[str],
+    data: Path | None,
+    out: Path | None,
+    earlier: Path | None,
+    address: str | None,
+    console: Console,
+) -> int:
+    """Runs a sweep, or finishes an ``earlier`` one. Returns the exit status.
+
+    Raises:
+        InputError: bad input, in one line.
+    """
+    if earlier is not None:
+        directory, config = resume(earlier)
+        world, proposals = prepare_sweep(config, data)
+    else:
+        config = read_sweep(source, overrides)
+        world, proposals = prepare_sweep(config, data)
+        directory = create(config, out)
+    info = collect_provenance(sys.argv, name=config.name, mode="ray", seeds=config.seeds, config_yaml=config.to_yaml())
+    write_run_info(directory.path, info)
+    display = Display(console, total=proposals.total, noun="trials ended")
+    state, status = "failed", 1
+    try:
+        with display, connected(address, directory.path / "logs"):
+            layout = lay_out(config.base, proposals.total * config.attacks() * len(config.seeds))
+            found = Sweep(config, proposals, world, directory, display, layout).run()
+        status = 1 if found.failed or found.winner.error or found.default.error else 0
+        state = "failed" if status else "done"
+    except InputError:
+        if earlier is None and not any((directory.path / "results").glob("*.parquet")):
+            shutil.rmtree(directory.path, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        state = "interrupted"
+    finally:
+        if directory.path.exists():
+            write_run_info(directory.path, info.model_copy(update={"status": state, "finished": datetime.now(UTC)}))
+    if state == "interrupted":
+        console.print(
+            f"interrupted; what was measured is kept. Go on with: exsim sweep --resume {_shown(directory.path)}",
+            soft_wrap=True,
+        )
+        return INTERRUPTED
+    page = write_sweep_report(directory.path)
+    print_sweep(directory.path, console)
+    console.print(
+        f"trials: {_shown(directory.path / 'sweep' / 'trials.parquet')}   best: "
+        f"{_shown(directory.path / 'best.yaml')}   report: {_shown(page)}",
+        soft_wrap=True,
+    )
+    return status
+
+
+def _shown(path: Path) -> str:
+    """A path as a person would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

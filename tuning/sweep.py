@@ -1,0 +1,268 @@
+"""A sweep from beginning to end: check, search, confirm, recommend."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayActorError, RayError
+
+from actors.cluster import Layout, here
+from actors.crew import Crew
+from simulator.config import check_config
+from simulator.display import Display
+from simulator.errors import InputError, one_line
+from simulator.files import write_atomically
+from simulator.plan import make_plan
+from simulator.preflight import architectures_fit, load_world, prepare, watermarks_fit
+from simulator.rundir import RunDirectory
+from simulator.simulate import World
+from tuning.config import SweepConfig, read_sweep
+from tuning.halving import Halving
+from tuning.loggers import callbacks
+from tuning.proposals import Learned, Listed, proposals
+from tuning.recommend import Confirmation, Recommendation, recommend
+from tuning.records import TrialRecord, record, write_trials
+from tuning.space import Setting, applied, check_space, setting_id
+from tuning.trial import Trial
+from tuning.tuner import Course, Feeder, Rungs, Watch
+from tuning.workshop import WorkshopActor, union
+
+#: seconds between two looks at what is under way
+REFRESH = 0.5
+#: how often a trial whose process died starts again
+ATTEMPTS = 3
+
+
+def prepare_sweep(config: SweepConfig, data_dir: Path | None = None) -> tuple[World, Listed | Learned]:
+    """The images of a sweep and its proposals, with everything checked that can be checked before anything runs.
+
+    Raises:
+        InputError: the space, a data set, a pool or an architecture does not fit.
+    """
+    everything = config.run_config("holdout")
+    variants = list(check_space(config.base, config.space))
+    _, world = prepare(everything, data_dir)
+    foreign = dict(world.foreign)
+    for variant in variants:
+        plan = make_plan(variant)
+        watermarks_fit(plan, world.dataset)
+        architectures_fit(plan, world.dataset)
+        if not _foreign(variant) <= _foreign(everything):
+            foreign |= load_world(variant, plan, data_dir).foreign
+    return World(world.dataset, foreign), proposals(config)
+
+
+def _foreign(config: Any) -> set[str]:
+    pools = [pool for scenario in make_plan(config).scenarios for stage in scenario.stages for pool in stage.pools]
+    return {name for pool in (*pools, config.key_filter.pool) for name in pool.parts}
+
+
+def create(config: SweepConfig, out: Path | None) -> RunDirectory:
+    """A sweep's new directory. ``config.yaml`` is the run configuration of a trial of the default setting,
+    ``sweep/config.yaml`` the sweep's own.
+
+    Raises:
+        InputError: it exists and is not empty, or cannot be written.
+    """
+    named = check_config({**_plain(config.run_config("search")), "name": config.name})
+    directory = RunDirectory.create(named, out)
+    write_atomically(directory.path / "sweep" / "config.yaml", config.to_yaml().encode())
+    return directory
+
+
+def resume(path: Path) -> tuple[RunDirectory, SweepConfig]:
+    """An earlier sweep's directory and configuration.
+
+    Raises:
+        InputError: it is no sweep's directory, or not writable.
+    """
+    if not (path / "sweep" / "config.yaml").is_file():
+        raise InputError(f"{path}: not a sweep's directory (it has no sweep/config.yaml)")
+    directory, _ = RunDirectory.resume(path)
+    return directory, read_sweep(str(path / "sweep" / "config.yaml"))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    data: dict[str, Any] = config.model_dump(mode="json")
+    return data
+
+
+class Sweep:
+    """One sweep on the connected cluster. :meth:`run` does all that is not done yet."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        found: Listed | Learned,
+        world: World,
+        directory: RunDirectory,
+        display: Display,
+        layout: Layout,
+    ) -> None:
+        self._config, self._directory, self._display = config, directory, display
+        self._proposals, self._yaml = found, config.to_yaml()
+        concurrent = layout.trainers + layout.attackers if config.concurrent == "auto" else config.concurrent
+        halving = Halving(config.rungs(), config.halving.bracket if config.halving else 2**31, found.total)
+        self.course = Course(found, halving, concurrent)
+        self.records: dict[int, TrialRecord] = {}
+        self._crew = Crew.start(config.base, world, directory, layout)
+        self._workshop: Any = None
+        self._refreshed = 0.0
+
+    def run(self) -> Recommendation:
+        """Searches and confirms; writes the table of trials, ``best.yaml`` and the recommendation.
+
+        Raises:
+            InputError: no trial ran to its end.
+        """
+        try:
+            self._crew.serve()
+            options: Any = WorkshopActor.options(scheduling_strategy=here())
+            self._workshop = options.remote(str(self._directory.path), self._config, self._crew)
+            begun = time.monotonic()
+            self._search()
+            seconds = time.monotonic() - begun
+            busy = union(ray.get(self._workshop.spans.remote()))
+            chosen = recommend(self._config, self._sorted(), self._confirm)
+        finally:
+            if self._workshop is not None:
+                ray.kill(self._workshop)
+            self._crew.dismiss()
+        self._directory.clear_test()
+        chosen = chosen.model_copy(update={"search_seconds": seconds, "busy_seconds": busy})
+        sweep = self._directory.path / "sweep"
+        write_atomically(sweep / "recommendation.json", chosen.model_dump_json(indent=2).encode())
+        write_atomically(self._directory.path / "best.yaml", self._best(chosen.winner.setting).encode())
+        return chosen
+
+    def _best(self, setting: Mapping[str, Any]) -> str:
+        """The run configuration of the winner with the attacks and seeds that confirmed it, for ``exsim run``."""
+        best = _plain(applied(self._config.run_config("holdout"), dict(setting)))
+        best |= {"name": f"{self._config.base.name}-best", "controls": self._config.base.controls}
+        return f"# the setting that {self._config.name} recommends\n" + check_config(best).to_yaml()
+
+    def _search(self) -> None:
+        config, course = self._config, self.course
+        trainable = tune.with_parameters(
+            Trial,
+            workshop=self._workshop,
+            stages=tuple(config.stages()),
+            objective=config.objective,
+            attacks=config.attacks(),
+        )
+        storage, name = self._storage()
+        with _quiet_tune():
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, tune.PlacementGroupFactory([_a_place_here()])),
+                tune_config=tune.TuneConfig(
+                    search_alg=Feeder(course), scheduler=Rungs(course), num_samples=-1, reuse_actors=True
+                ),
+                run_config=tune.RunConfig(
+                    name=name,
+                    storage_path=storage,
+                    callbacks=[*callbacks(config.loggers), Watch(self._turn, self._ended)],
+                    failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+
+    def _storage(self) -> tuple[str, str]:
+        """Where Tune writes, and under which name: a new one at each start, unless the place is the sweep's own."""
+        if self._config.storage_path is not None:
+            return self._config.storage_path, f"{self._directory.path.name}-{secrets.token_hex(3)}"
+        shutil.rmtree(self._directory.path / "sweep" / "tune", ignore_errors=True)  # all of it is written again
+        return str(self._directory.path / "sweep"), "tune"
+
+    def _ended(self, number: int) -> None:
+        course = self.course
+        setting = course.settings[number]
+        status = "failed" if number in course.failed else "stopped" if number in course.stopped else "done"
+        report = course.reports.get(number, {"error": f"its process died {ATTEMPTS + 1} times"})
+        data = record(number, setting_id(setting), setting, report, status)
+        data["overhead_seconds"] = max(0.0, course.seconds.get(number, 0.0) - report.get("busy_seconds", 0.0))
+        self.records[number] = found = TrialRecord.model_validate_json(json.dumps(data))
+        write_trials(self._directory.path / "sweep" / "trials.parquet", self._sorted(), self._yaml)
+        self._display.finished += 1
+        if status == "failed":
+            self._display.failures += 1
+            self._display.note(f"failed: trial {number}, {shown(setting)}: {found.error}", "bold red")
+
+    def _sorted(self) -> list[TrialRecord]:
+        return [self.records[number] for number in sorted(self.records)]
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if now - self._refreshed < REFRESH:
+            return
+        self._refreshed = now
+        self._look()
+
+    def _look(self) -> None:
+        try:
+            tasks, rows = ray.get(self._workshop.glance.remote())
+        except RayActorError as error:
+            raise RuntimeError("the sweep's workshop died; what was measured is kept, resume the sweep") from error
+        for row in rows:
+            if row.status == "failed":
+                self._display.note(f"failed: {row.attack or 'training'} on {row.victim}: {row.error}", "bold red")
+        self._display.replace_all(tasks, f"{len(self.course.stopped)} stopped early")
+
+    def _confirm(self, settings: Mapping[str, Setting]) -> dict[str, Confirmation]:
+        """Measures settings on the fresh seeds and with the attacks that the search did not see, side by side."""
+        self._display.note(f"confirming on fresh seeds and attacks: {', '.join(settings)}")
+        references = {name: self._workshop.confirm.remote(setting) for name, setting in settings.items()}
+        while ray.wait(list(references.values()), num_returns=len(references), timeout=REFRESH)[1]:
+            self._look()
+        found = {}
+        for name, reference in references.items():
+            try:
+                reply = ray.get(reference)
+            except RayError as error:
+                reply = {"found": [], "error": one_line(error)}
+            data = {"setting": settings[name], "found": reply["found"], "error": reply["error"]}
+            found[name] = Confirmation.model_validate_json(json.dumps(data))
+        return found
+
+
+def _a_place_here() -> dict[str, float]:
+    """What a trial's process asks for: no CPU, for it computes nothing, but Tune wants it to ask for something. Every
+    node has one of the resource of its own name."""
+    here_ = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (node,) = (node for node in nodes if node["NodeID"] == here_)
+    return {f"node:{node['NodeManagerAddress']}": 0.001}
+
+
+@contextmanager
+def _quiet_tune() -> Any:
+    """Tune without its tables on the terminal, its own choice of loggers, and its handler of Ctrl-C, which would take
+    the sweep for done."""
+    wanted = {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def shown(setting: Setting) -> str:
+    """A setting in one line, fields by the last part of their path."""
+    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in setting.items())

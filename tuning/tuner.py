@@ -1,0 +1,205 @@
+"""Tune's hooks: the searcher that hands it settings, the scheduler that halves, and what shows progress.
+
+Tune runs the trials, keeps their processes, restarts what died and writes the logs. Which settings there are and which
+of them go on is decided by :mod:`tuning.proposals` and :mod:`tuning.halving`, whose answers depend on results alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from tuning.halving import Decision, Halving
+from tuning.proposals import Learned, Listed
+from tuning.space import setting_id
+
+log = logging.getLogger("ray.tune.exsim")
+
+
+class Course:
+    """What the hooks share: which trials are under way, and what each has reported.
+
+    Attributes:
+        active: numbers of the trials that hold a process, and since when; the others wait at a rung or have ended.
+        seconds: how long each trial has been active, all in all.
+        reports: the last report of every trial.
+        stopped: trials that a rung has ended.
+        failed: trials that ended with an error.
+    """
+
+    def __init__(self, proposals: Listed | Learned, halving: Halving, concurrent: int) -> None:
+        self.proposals, self.halving, self.concurrent = proposals, halving, concurrent
+        self.settings: list[dict[str, Any]] = []
+        self.active: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
+        self.reports: dict[int, dict[str, Any]] = {}
+        self.ended: set[int] = set()
+        self.stopped: set[int] = set()
+        self.failed: set[int] = set()
+
+    @property
+    def room(self) -> bool:
+        """Whether another trial may start or go on."""
+        return len(self.active) < self.concurrent
+
+    def enter(self, number: int) -> None:
+        """A trial gets a process."""
+        self.active[number] = time.monotonic()
+
+    def leave(self, number: int) -> None:
+        """A trial gives its process back."""
+        if number in self.active:
+            self.seconds[number] = self.seconds.get(number, 0.0) + time.monotonic() - self.active.pop(number)
+
+
+class Feeder(Searcher):
+    """Gives Tune the next setting when there is room for it."""
+
+    def __init__(self, course: Course) -> None:
+        super().__init__()
+        self._course = course
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next setting with its number and id, None if none can start now, FINISHED after the last has ended."""
+        course, number = self._course, len(self._course.settings)
+        if len(course.ended) == course.proposals.total:
+            return Searcher.FINISHED
+        if number == course.proposals.total or not course.room or not course.proposals.ready(number):
+            return None
+        setting = course.proposals.propose(number)
+        course.settings.append(setting)
+        course.enter(number)
+        self._numbers[trial_id] = number
+        return {"number": number, "trial": setting_id(setting), "setting": setting}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Tells the proposals what became of a trial, whether it ran to its end, was stopped or failed."""
+        course, number = self._course, self._numbers[trial_id]
+        course.leave(number)
+        course.ended.add(number)
+        if error:
+            course.failed.add(number)
+        course.proposals.learn(number, None if number in course.failed else course.reports[number])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep that is started again proposes the same settings again."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+
+class Rungs(TrialScheduler):
+    """Pauses a trial at a rung until its bracket is there, and lets the best go on."""
+
+    _supports_buffered_results = False
+
+    def __init__(self, course: Course) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._course = course
+        self._trials: dict[int, Any] = {}
+        self._waiting: list[int] = []  # may go on, when there is room
+        self._doomed: set[int] = set()
+        self._cache_is_wide = False
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """There are none to set."""
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Notes the trial."""
+        self._trials[trial.config["number"]] = trial
+        if not self._cache_is_wide:
+            self._cache_is_wide = True
+            _keep_processes(tune_controller, trial, self._course.concurrent)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decides on the trial, and on those that have waited for it."""
+        number, course = trial.config["number"], self._course
+        course.reports[number] = dict(result)
+        decision = course.halving.arrive(number, result["stage"], result["value"])
+        self._take(decision, number)
+        if number in decision.stop:
+            course.stopped.add(number)
+            return self.STOP
+        if number in decision.go:
+            return self.CONTINUE
+        course.leave(number)
+        return self.PAUSE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A trial has run to its end, or was stopped."""
+        number = trial.config["number"]
+        self._course.leave(number)
+        self._course.reports[number] = dict(result)
+        if result.get("error"):
+            self._course.failed.add(number)
+        self._take(self._course.halving.end(number), number)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A trial has failed for good."""
+        self._take(self._course.halving.end(trial.config["number"]), None)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """A trial that waited was stopped."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Stops those who wait in vain, and names the next of those who may go on."""
+        for number in sorted(self._doomed):
+            if self._trials[number].status == "PAUSED":
+                self._doomed.discard(number)
+                self._course.stopped.add(number)
+                tune_controller.stop_trial(self._trials[number])
+        for number in self._waiting if self._course.room else ():
+            if self._trials[number].status == "PAUSED":
+                self._waiting.remove(number)
+                self._course.enter(number)
+                return self._trials[number]
+        return None
+
+    def debug_string(self) -> str:
+        """One line for Tune's own reports."""
+        return f"synchronous halving: {len(self._course.stopped)} stopped"
+
+    def _take(self, decision: Decision, current: int | None) -> None:
+        self._waiting += [number for number in decision.go if number != current]
+        self._waiting.sort()
+        self._doomed |= {number for number in decision.stop if number != current}
+
+
+def _keep_processes(tune_controller: Any, trial: Any, count: int) -> None:
+    """Has Tune keep as many idle processes as trials run at once; it would keep one, and start the others anew, which
+    costs a second or two each. It has no public setting for it, and without this a sweep is only slower."""
+    try:
+        tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=count)
+    except (AttributeError, TypeError) as error:
+        log.warning("trials' processes are not kept: %s", error)
+
+
+class Watch(tune.Callback):
+    """Calls back from Tune's loop: at every turn, and when a trial has ended."""
+
+    def __init__(self, turn: Callable[[], None], ended: Callable[[int], None]) -> None:
+        self._turn, self._ended = turn, ended
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes its arguments down for a restart of its own, which a sweep never uses."""
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """A turn of Tune's loop."""
+        self._turn()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has run to its end, or was stopped."""
+        self._ended(trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed."""
+        self._ended(trial.config["number"])
