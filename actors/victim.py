@@ -47,7 +47,7 @@ MAX_ONGOING = 256
 #: messages of one account that a replica holds at once
 MAX_PER_ACCOUNT = 4
 #: messages that wait at one client, at most
-MAX_QUEUED = 64
+MAX_QUEUED = 256
 #: messages that one client has under way
 WINDOW = 2
 #: queries in one message at most

@@ -110,8 +110,9 @@ def ledger(rounds: int = 5, seconds: float = 2.0, accounts: int = ACCOUNTS, sync
             Line("in process, a call for all clients", Spread.of(inside)),
             Line("as an actor, a call for each grant", Spread.of(rates), ratios),
         ),
-        note=f"A grant costs the ledger's process {Spread.of(costs)} ms of CPU time. Its peak rate was {max(rates):.0f} "
-        f"grants a second; it held {empty:.0f} MB with {accounts} accounts and {full:.0f} MB after {charged} grants.",
+        note=f"A grant costs the ledger's process {Spread.of(costs)} ms of CPU time. Its peak rate was "
+        f"{max(rates):.0f} grants a second; it held {empty:.0f} MB with {accounts} accounts, and {full:.0f} MB after "
+        f"{charged} grants.",
     )
 
 
@@ -207,6 +208,6 @@ def crowd(rounds: int = 3, seconds: float = 8.0, clients: int = ACCOUNTS, messag
             Line("Jain's index of the modest", Spread.of(fairness), Spread.of(fairness), FAIR),
             Line("greedy over mean modest", Spread.of(greed), Spread.of(greed), GREED),
         ),
-        note=f"{sent_away} messages of the greedy one were sent away unpaid; answered = charged for all. The ledger held "
-        f"{held:.0f} MB.",
+        note=f"{sent_away} messages of the greedy one were sent away unpaid; answered = charged for all. The ledger "
+        f"held {held:.0f} MB.",
     )

@@ -44,9 +44,9 @@ FLAT_RANGE = 8
 class Pool:
     """Unlabelled images, uint8 ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
 
-    The images are those of ``source`` in the order ``order`` (int64 ``(N,)``; as they are, where it is None). The source
-    may be a data set that other processes share, so :meth:`take` copies what is asked for and nothing else;
-    :attr:`images` is a copy of all of them, made when it is first read.
+    The images are those of ``source`` in the order ``order`` (int64 ``(N,)``; as they are, where it is None). The
+    source may be a data set that other processes share: :meth:`take` copies what is asked for and nothing else, and
+    :attr:`images` is a copy of all, made when it is first read.
 
     A group is what the attacker knows an image to be in its *source*: its class in its own data set (for patches, its
     photograph and scale). Sources do not share groups; the groups are 0..G-1 and each has an image. Adaptive Knockoff
@@ -207,8 +207,8 @@ def build_pool(
     if not len(order):
         raise InputError(f"pool {spec.label}: no image at all for {count} queries")
     dense = torch.unique(torch.cat(groups), return_inverse=True)[1]
-    source = images[0] if len(images) == 1 else torch.cat(images)
-    return Pool(spec.label, source, dense[order], _parents(dense, torch.cat(origins)), order)
+    everything = images[0] if len(images) == 1 else torch.cat(images)
+    return Pool(spec.label, everything, dense[order], _parents(dense, torch.cat(origins)), order)
 
 
 def _parents(groups: Tensor, origins: Tensor) -> Tensor | None:
