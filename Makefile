@@ -33,7 +33,7 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 chaos: install
-	$(BIN)/python -m benchmarks.chaos --kills 100
+	$(BIN)/python -m benchmarks.chaos --kills 100 --minutes 10
 
 fuzz: install
 	$(BIN)/python -m benchmarks.fuzz --cases 10000

@@ -38,47 +38,57 @@ class Crew:
     layout: Layout
     precision: Precision
     app: str
-    ledger: Any
-    board: Any
-    shelf: Any
-    keeper: Any
-    collector: Any
-    log: Any
     worlds: tuple[Any, Any]
+    board: Any
+    keeper: Any
+    ledger: Any = None
+    shelf: Any = None
+    collector: Any = None
+    log: Any = None
     service: Any = None
     workers: list[Any] = field(default_factory=list)
 
     @classmethod
-    def start(cls, config: RunConfig, world: World, directory: RunDirectory, layout: Layout) -> Crew:
-        """Starts all but the workers and the service; what reads or writes the directory, on this node."""
+    def start(
+        cls, config: RunConfig, world: World, directory: RunDirectory, layout: Layout, *, trainers: int = 0
+    ) -> Crew:
+        """Starts all but the service and the attackers; what reads or writes the directory, on this node.
+
+        Args:
+            trainers: how many are started, before everything that they do not need.
+        """
         path, pinned = str(directory.path), {"scheduling_strategy": here()}
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
         directory.save_test(world.dataset.test, world.dataset.attacker if config.detectors else None)
-        collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
-        return cls(
+        crew = cls(
             layout,
             config.resources.precision,
             f"exsim-{directory.path.name}-{time.time_ns()}",
-            ledger=LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger),
-            board=BoardActor.remote(),
-            shelf=ShelfActor.options(**pinned).remote(path),
-            keeper=KeeperActor.options(**pinned).remote(path),
-            collector=collector.remote(path, config, world.dataset.name),
-            log=LogFilesActor.options(**pinned).remote(path) if config.query_log else None,
             worlds=(ray.put(world), ray.put(world.for_attackers())),
+            board=BoardActor.remote(),
+            keeper=KeeperActor.options(**pinned).remote(path),
         )
+        for _ in range(trainers):
+            crew.new_trainer()
+        crew.ledger = LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger)
+        crew.shelf = ShelfActor.options(**pinned).remote(path)
+        collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
+        crew.collector = collector.remote(path, config, world.dataset.name)
+        if config.query_log:
+            crew.log = LogFilesActor.options(**pinned).remote(path)
+        return crew
 
-    def serve(self, attacks: Mapping[str, str]) -> None:
-        """Starts the victims' service; returns when it answers.
+    def serve(self, attacks: Mapping[str, str]) -> Any:
+        """Starts the victims' service; returns its handle when it answers.
 
         Args:
             attacks: the attack's name of each account, for the metrics and the query log.
         """
-        layout, placement = self.layout, self.layout.victim
-        service = deploy(
-            self.app, self.ledger, self.shelf, placement, layout.replicas, self.precision, attacks, self.log
+        layout, precision = self.layout, self.precision
+        self.service = deploy(
+            self.app, self.ledger, self.shelf, layout.victim, layout.replicas, precision, attacks, self.log
         )
-        self.service = service
+        return self.service
 
     def new_trainer(self) -> Any:
         """Starts another trainer."""
@@ -88,10 +98,10 @@ class Crew:
         return self.workers[-1]
 
     def new_attacker(self) -> Any:
-        """Starts another attacker; the service must be there."""
+        """Starts another attacker; it learns of the service with its first scenario."""
         share = self.layout.attacker
         actor: Any = AttackerActor.options(**share.options())
-        self.workers.append(actor.remote(self.worlds[1], self.service, self.board, self.keeper, share))
+        self.workers.append(actor.remote(self.worlds[1], self.board, self.keeper, share))
         return self.workers[-1]
 
     def dismiss(self) -> None:

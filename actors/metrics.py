@@ -21,8 +21,8 @@ from ray.util.metrics import Counter, Histogram
 
 TAGS = ("attack", "victim")
 #: upper bounds of the histograms
-IMAGES = [1, 16, 64, 256, 512, 1024, 2048, 4096]
-SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+IMAGES: list[float] = [1, 16, 64, 256, 512, 1024, 2048, 4096]
+SECONDS: list[float] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
 
 
 @dataclass

@@ -5,11 +5,13 @@ The driver only moves references; models and answers go from actor to actor. Wha
     benign model -> controls' thefts, marked victims
     marked victim -> its thefts; the measuring of the controls (they are measured with its key)
 
-so controls run while the marked victims are still training.
+so controls run while the marked victims are still training. The service and the attackers start while the benign
+models train. Of the scenarios that can be started, the longest goes first, so that the last to end are short ones.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +37,8 @@ from simulator.simulate import World
 ATTEMPTS = 3
 #: seconds between two looks at what has finished
 POLL = 0.1
+#: seconds to wait for a service that is starting when the run ends
+START_PATIENCE = 60.0
 #: seconds between two looks at the board and the ledger
 REFRESH = 0.5
 
@@ -63,6 +67,36 @@ class Job:
     again: Callable[[], list[ObjectRef[Any]]] | None = None
     attempts: int = 1
     refs: list[ObjectRef[Any]] = field(default_factory=list)
+
+
+class Deployment:
+    """The service as it starts, in a thread of its own: the run goes on meanwhile."""
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(start,), daemon=True)
+        self._thread.start()
+
+    def _run(self, start: Callable[[], Any]) -> None:
+        try:
+            self._result = start()
+        except BaseException as error:
+            self._error = error
+
+    def handle(self) -> Any:
+        """The service's handle, or None while it starts.
+
+        Raises:
+            BaseException: what kept it from starting.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def wait(self) -> None:
+        """Waits until it has started, or could not."""
+        self._thread.join(START_PATIENCE)
 
 
 class RayRun:
@@ -94,10 +128,14 @@ class RayRun:
         self._notices: dict[str, tuple[str, int, int]] = {}
         self._spent: dict[str, int] = {}
         self._open_accounts()
-        self._crew = Crew.start(config, world, directory, layout)
+        # Ray starts a few processes at a time, in this order: the training of the benign models waits for nothing but
+        # its trainer, and all the rest for the benign models
+        self._crew = Crew.start(config, world, directory, layout, trainers=layout.trainers)
         self._ledger, self._board, self._collector = self._crew.ledger, self._crew.board, self._crew.collector
-        self._trainers: deque[Any] = deque(self._new_trainer() for _ in range(layout.trainers))
-        self._attackers: deque[Any] = deque()
+        self._trainers: deque[Any] = deque(self._crew.workers)
+        self._handle: Any = None
+        self._deployment = Deployment(lambda: self._crew.serve(plan.attacks))
+        self._attackers: deque[Any] = deque(self._new_attacker() for _ in range(layout.attackers))
         self._untrained = deque(plan.benigns)
 
     def _open_accounts(self) -> None:
@@ -116,15 +154,14 @@ class RayRun:
         """
         try:
             self._start_trainings()
-            self._crew.serve(self._plan.attacks)
-            self._attackers.extend(self._new_attacker() for _ in range(self._layout.attackers))
-            self._start_thefts()
-            while self._jobs:
-                ready, _ = ray.wait(list(self._jobs), timeout=POLL)
-                for ref in ready:
-                    self._finish(ref)
+            while self._jobs or self._handle is None:
+                self._finish_some()
+                if self._handle is None and (handle := self._deployment.handle()) is not None:
+                    self._handle = handle
+                    self._start_thefts()
                 self._refresh()
         finally:
+            self._deployment.wait()  # else it would go on with a Ray that is gone, and start another
             self._crew.dismiss()
             if self._config.query_log:
                 ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
@@ -138,6 +175,15 @@ class RayRun:
     def _submit(self, job: Job, refs: Sequence[ObjectRef[Any]]) -> None:
         job.refs = list(refs)
         self._jobs[refs[-1]] = job
+
+    def _finish_some(self) -> None:
+        """Waits a moment for jobs to end, and goes on from those that have."""
+        if not self._jobs:
+            time.sleep(POLL)
+            return
+        ready, _ = ray.wait(list(self._jobs), timeout=POLL)
+        for ref in ready:
+            self._finish(ref)
 
     def _finish(self, ref: ObjectRef[Any]) -> None:
         job = self._jobs.pop(ref)
@@ -228,9 +274,9 @@ class RayRun:
     # -- the attackers' side ---------------------------------------------------------------------------------------
 
     def _start_thefts(self) -> None:
-        """Gives every idle attacker the first scenario whose victim is being served."""
-        for scenario in list(self._open):
-            if not self._attackers:
+        """Gives every idle attacker the longest scenario whose victim can be served."""
+        for scenario in sorted(self._open, key=lambda each: -each.work):
+            if not self._attackers or self._handle is None:
                 return
             of = scenario.triggers_of
             # measured is also: on disk, from where the service takes its models
@@ -247,7 +293,8 @@ class RayRun:
 
         def start() -> list[ObjectRef[Any]]:
             record, detectors = self._config.save_transfer_sets, self._config.detectors
-            return list(worker[-1].run.options(num_returns=2).remote(scenario, tokens, triggers, record, detectors))
+            theft = worker[-1].run.options(num_returns=2)
+            return list(theft.remote(self._handle, scenario, tokens, triggers, record, detectors))
 
         def again() -> list[ObjectRef[Any]]:
             worker.append(self._new_attacker())

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.serve.handle import DeploymentHandle
 
 from actors.board import Posting
 from actors.devices import Placement, settle
-from actors.victim import ServeTransport, Victim
 from simulator.checkpoint import TimedCheckpoint
 from simulator.collector import Collector
 from simulator.config import RunConfig
@@ -30,6 +28,11 @@ from simulator.rundir import RunDirectory
 from simulator.simulate import HalfTrained, Theft, TrainedOwner, World, run_scenario, train_owner, train_phase
 from simulator.training import use_one_thread
 from simulator.watermarks.key import KeySamples
+
+if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the trainer and the collector do without it
+    from ray.serve.handle import DeploymentHandle
+
+    from actors.victim import ServeTransport, Victim
 
 #: an owner's model as bytes for the service, all of it for the collector, the triggers for thieves, and its seconds
 Parts = tuple[bytes, TrainedOwner, KeySamples | None, float]
@@ -63,22 +66,18 @@ class Trainer:
 
 
 class Attacker:
-    """Runs one scenario after another."""
+    """Runs one scenario after another. It starts while the service is starting, so it learns of it with the first."""
 
-    def __init__(
-        self,
-        world: World,
-        service: DeploymentHandle[Victim],
-        board: ActorHandle[Any],
-        keeper: ActorHandle[Any],
-        placement: Placement,
-    ) -> None:
+    def __init__(self, world: World, board: ActorHandle[Any], keeper: ActorHandle[Any], placement: Placement) -> None:
+        import actors.victim  # noqa: F401  now, and not when the first scenario waits for it
+
         self._world, self._board, self._keeper = world, board, keeper
-        self._transport = ServeTransport(service)
+        self._transport: ServeTransport | None = None
         self._device = settle(placement)
 
     def run(
         self,
+        service: DeploymentHandle[Victim],
         scenario: Scenario,
         tokens: dict[str, str],
         triggers: KeySamples | None,
@@ -86,6 +85,10 @@ class Attacker:
         detectors: Sequence[Detector] = (),
     ) -> tuple[Theft, int]:
         """See :func:`simulator.simulate.run_scenario`; also the number of its queries, for the driver."""
+        if self._transport is None:
+            from actors.victim import ServeTransport
+
+            self._transport = ServeTransport(service)
         theft = run_scenario(
             scenario,
             self._world,

@@ -1,13 +1,16 @@
 """Kills everything that a run is made of, again and again, and checks that its account and its rows do not show it.
 
-    python -m benchmarks.chaos --kills 100        (make chaos)
+    python -m benchmarks.chaos --kills 100 --minutes 10 [--report FILE]        (make chaos)
 
-A run is started as a user would start it. Processes of it are killed with SIGKILL at random moments: attackers,
-replicas of the service, the ledger, the keeper, the collector, the trainer, the board, the shelf, and the driver, after
-which the run is resumed. When the kills are spent, the run is left to finish, and then
+A run is started as a user would start it. Processes of it are killed with SIGKILL at random moments, alone or several
+at once: attackers, replicas of the service, the ledger, the keeper, the collector, the trainer, the board, the shelf,
+and the driver, after which the run is resumed. The kind that was killed least is the next, so every kind has its share.
+A run that ends before the kills and the minutes are spent is followed by another. Then, for each run,
 
-- every account was charged what its row says, and not more than its budget;
-- the rows are those of an undisturbed run without Ray: none lost, none doubled, none different.
+- every account was charged for the same images under the same keys as in an undisturbed run without Ray, what its row
+  says, and not more than its budget: nothing over-charged, and no answer paid for and lost;
+- the rows are those of the undisturbed run: none lost, none doubled, none different; and so is every stolen model, to
+  the last bit.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.measure import machine
 from simulator.config import RunConfig, check_config
+from simulator.errors import InputError
 from simulator.ledger import Ledger
 from simulator.local import run_config
 from simulator.results import Row, read_rows
@@ -44,6 +52,10 @@ KINDS = {
 }
 #: marks the processes of one chaos run, which inherit it
 MARK = "EXSIM_CHAOS"
+#: how many are killed in one moment
+AT_ONCE = (1, 1, 1, 2, 3)
+#: seconds in which a run that is left alone has to end
+PATIENCE = 1800.0
 #: what must not depend on kills
 COMPARED = ("accuracy", "wsr", "agreement", "queries", "key_samples", "status", "error")
 
@@ -70,17 +82,25 @@ class Outcome:
     """What a chaos run did and found."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
     resumes: int = 0
     seconds: float = 0.0
     rows: int = 0
+    images: int = 0
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def killed(self) -> int:
+        """Kills of every kind."""
+        return sum(self.kills.values())
 
     def lines(self) -> list[str]:
         """The report."""
         killed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kills.items()))
         return [
-            f"{sum(self.kills.values())} kills ({killed}), {self.resumes} resumes, {self.seconds:.0f} s",
-            f"{self.rows} rows compared with an undisturbed run; {len(self.faults)} faults",
+            f"{self.killed} kills ({killed}), {self.resumes} resumes of {self.runs} runs, {self.seconds:.0f} s",
+            f"{self.rows} rows and {self.images} charged images compared with an undisturbed run; "
+            f"{len(self.faults)} faults",
             *self.faults,
         ]
 
@@ -92,45 +112,70 @@ def chaos(config: RunConfig, kills: int, pause: tuple[float, float], seed: int, 
         pause: shortest and longest time between two kills, in seconds.
         limit: after this no more is killed, and the run may finish.
     """
-    dice = random.Random(seed)
-    outcome = Outcome()
+    return campaign(config, kills, pause, seed, 0.0, limit)
+
+
+def campaign(
+    config: RunConfig, kills: int, pause: tuple[float, float], seed: int, least: float, limit: float
+) -> Outcome:
+    """Like :func:`chaos`, with runs of ``config`` one after the other, until ``kills`` processes were killed and
+    ``least`` seconds have passed; at least one run, and no new one after ``limit`` seconds."""
+    dice, outcome, started = random.Random(seed), Outcome(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="exsim-chaos-") as folder:
-        out, mark = Path(folder) / "run", f"{os.getpid()}-{time.time_ns()}"
-        file = Path(folder) / "config.yaml"
-        file.write_text(config.to_yaml())
-        started = time.monotonic()
-        driver = _start(["run", str(file), "--out", str(out)], mark)
-        try:
-            while driver.poll() is None or sum(outcome.kills.values()) < kills:
-                if driver.poll() is not None:
-                    if driver.returncode == 0:
-                        break  # done before the kills were spent
-                    _sweep(mark)
-                    outcome.resumes += 1
-                    resumable = (out / "config.yaml").exists()
-                    driver = _start(
-                        ["run", "--resume", str(out)] if resumable else ["run", str(file), "--out", str(out)], mark
-                    )
-                time.sleep(dice.uniform(*pause))
-                if sum(outcome.kills.values()) < kills and time.monotonic() - started < limit:
-                    _kill_one(mark, driver, dice, outcome)
-            while driver.poll() != 0:
-                if driver.poll() is not None:
-                    _sweep(mark)
-                    outcome.resumes += 1
-                    driver = _start(["run", "--resume", str(out)], mark)
-                if time.monotonic() - started > 3 * limit + 300:
-                    outcome.faults.append("the run did not finish")
-                    return outcome
+        while True:
+            outcome.runs += 1
+            out = Path(folder) / f"run-{outcome.runs}"
+            finished = _disturb(
+                config, out, dice, pause, outcome, lambda: _enough(outcome, kills, least, limit, started)
+            )
+            outcome.seconds = time.monotonic() - started
+            if not finished:
+                outcome.faults.append("the run did not finish")
+                return outcome
+            if outcome.runs == 1:
+                run_config(config, Path(folder) / "reference")
+            audit(out, Path(folder) / "reference", outcome)
+            shutil.rmtree(out)
+            # the short test has one run, however few were killed before it ended
+            if not least or _enough(outcome, kills, least, limit, started):
+                return outcome
+
+
+def _enough(outcome: Outcome, kills: int, least: float, limit: float, started: float) -> bool:
+    """Whether no more has to be killed."""
+    passed = time.monotonic() - started
+    return (outcome.killed >= kills and passed >= least) or passed >= limit
+
+
+def _disturb(
+    config: RunConfig, out: Path, dice: random.Random, pause: tuple[float, float], outcome: Outcome, enough: Any
+) -> bool:
+    """One run, killed at and resumed until it is done; false where it does not end without kills either."""
+    mark, file = f"{os.getpid()}-{time.time_ns()}", out.with_suffix(".yaml")
+    file.write_text(config.to_yaml())
+    driver, calm = _start(["run", str(file), "--out", str(out)], mark), None
+    try:
+        while (status := driver.poll()) != 0:
+            if status is not None:
+                _sweep(mark)
+                outcome.resumes += 1
+                resumable = (out / "config.yaml").exists()
+                arguments = ["run", "--resume", str(out)] if resumable else ["run", str(file), "--out", str(out)]
+                driver = _start(arguments, mark)
+            if enough():
+                calm = calm or time.monotonic()
+                if time.monotonic() - calm > PATIENCE:
+                    return False
                 time.sleep(0.2)
-        finally:
-            driver.kill()
-            driver.wait()
-            _sweep(mark)
-        outcome.seconds = time.monotonic() - started
-        reference = run_config(config, Path(folder) / "reference")
-        _compare(out, reference, outcome)
-    return outcome
+            else:
+                time.sleep(dice.uniform(*pause))
+                for _ in range(dice.choice(AT_ONCE)):
+                    _kill_one(mark, driver, dice, outcome)
+    finally:
+        driver.kill()
+        driver.wait()
+        _sweep(mark)
+    return True
 
 
 def _start(arguments: list[str], mark: str) -> subprocess.Popen[bytes]:
@@ -159,23 +204,24 @@ def _marked(mark: str) -> dict[int, str]:
 
 
 def _kill_one(mark: str, driver: subprocess.Popen[bytes], dice: random.Random, outcome: Outcome) -> None:
-    """Kills a process of a kind drawn at random from those that are alive; the driver one time in twelve."""
-    if dice.random() < 1 / 12:
-        driver.kill()
-        outcome.kills["driver"] += 1
-        return
+    """Kills a process of the kind that was killed least among those that are alive."""
     alive: dict[str, list[int]] = {}
     for pid, title in _marked(mark).items():
         kind = next((name for prefix, name in KINDS.items() if title.startswith(prefix)), None)
         if kind:
             alive.setdefault(kind, []).append(pid)
-    if alive:
-        kind = dice.choice(sorted(alive))
-        try:
-            os.kill(dice.choice(alive[kind]), signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        outcome.kills[kind] += 1
+    if not alive:
+        return  # it is starting; killed now, it would never come to anything
+    alive["driver"] = [driver.pid]
+    # the driver's death ends all others: a third as often
+    kind = min(
+        sorted(alive, key=lambda _: dice.random()), key=lambda name: outcome.kills[name] * (1 + 2 * (name == "driver"))
+    )
+    try:
+        os.kill(dice.choice(alive[kind]), signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    outcome.kills[kind] += 1
 
 
 def _sweep(mark: str, patience: float = 20.0) -> None:
@@ -189,44 +235,96 @@ def _sweep(mark: str, patience: float = 20.0) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _compare(out: Path, reference: list[Row], outcome: Outcome) -> None:
-    """Notes every difference from the undisturbed run, and every account that does not add up."""
-    rows = read_rows(out)
-    outcome.rows = len(rows)
-    mine, theirs = {row.identity: row for row in rows}, {row.identity: row for row in reference}
-    if len(mine) != len(rows):
-        outcome.faults.append(f"{len(rows) - len(mine)} rows are doubled")
-    outcome.faults += [f"lost: {identity}" for identity in theirs.keys() - mine.keys()]
-    outcome.faults += [f"nobody asked for: {identity}" for identity in mine.keys() - theirs.keys()]
+def audit(out: Path, reference: Path, outcome: Outcome) -> None:
+    """Notes every difference of a run from the undisturbed one, and every account that does not add up."""
+    try:
+        rows, undisturbed = read_rows(out), read_rows(reference)
+        ledger, wanted = _book(out), _book(reference)
+    except InputError as error:  # such as a row that is there twice, or a charge above the budget
+        outcome.faults.append(str(error))
+        return
+    outcome.rows += len(rows)
+    outcome.images += sum(ledger.all_spent().values())
+    outcome.faults += [*_rows(rows, undisturbed), *_accounts(rows, ledger, wanted), *_models(out, reference)]
+
+
+def _book(run: Path) -> Ledger:
+    """A run's account, read from a copy of its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(shutil.copy(run / "ledger" / "ledger.log", folder)))
+        ledger.close()
+    return ledger
+
+
+def _rows(rows: list[Row], undisturbed: list[Row]) -> list[str]:
+    """Rows that are lost, doubled, or not as they should be."""
+    mine, theirs = {row.identity: row for row in rows}, {row.identity: row for row in undisturbed}
+    faults = [f"{len(rows) - len(mine)} rows are doubled"] if len(mine) != len(rows) else []
+    faults += [f"lost: {identity}" for identity in theirs.keys() - mine.keys()]
+    faults += [f"nobody asked for: {identity}" for identity in mine.keys() - theirs.keys()]
     for identity in mine.keys() & theirs.keys():
         for name in COMPARED:
             found, wanted = getattr(mine[identity], name), getattr(theirs[identity], name)
             if found != wanted:
-                outcome.faults.append(f"{identity[0]} {identity[1]}: {name} is {found}, undisturbed {wanted}")
-    copy = shutil.copy(out / "ledger" / "ledger.log", out / "ledger" / "copy.log")
-    ledger = Ledger(Path(copy))
-    for account, spent in ledger.all_spent().items():
-        row: Any = next((row for row in rows if row.scenario_id == account), None)
-        if spent > ledger.terms(account).budget:
-            outcome.faults.append(f"{account}: charged {spent} of a budget of {ledger.terms(account).budget}")
-        if row is None or row.queries != spent:
-            outcome.faults.append(f"{account}: charged {spent}, its row says {row.queries if row else None}")
-    ledger.close()
+                faults.append(f"{identity[0]} {identity[1]}: {name} is {found}, undisturbed {wanted}")
+    return faults
 
 
-def main() -> int:
+def _accounts(rows: list[Row], ledger: Ledger, wanted: Ledger) -> list[str]:
+    """Accounts that were charged for anything else than the undisturbed ones, or not what their rows say."""
+    faults = []
+    queries = {row.scenario_id: row.queries for row in rows if row.role == "stolen"}
+    charged: Counter[str] = Counter()
+    for account in sorted(ledger.all_spent() | wanted.all_spent()):
+        charged[account.partition(".")[0]] += ledger.spent(account)
+        found, right = ledger.grants(account), wanted.grants(account)
+        if account in ledger.all_spent() and ledger.spent(account) > ledger.terms(account).budget:
+            faults.append(f"{account}: charged {ledger.spent(account)} of a budget of {ledger.terms(account).budget}")
+        for key in sorted(found.keys() | right.keys()):
+            if found.get(key) != right.get(key):
+                faults.append(f"{account}: key {key} paid for {found.get(key)}, undisturbed {right.get(key)}")
+    for scenario, spent in charged.items():
+        if queries.get(scenario) != spent:
+            faults.append(f"{scenario}: charged {spent}, its row says {queries.get(scenario)}")
+    return faults
+
+
+def _models(out: Path, reference: Path) -> list[str]:
+    """Models that differ in any bit: what was paid for and lost would be missing in a thief's training."""
+    faults = []
+    for file in sorted((reference / "models").glob("*.safetensors")):
+        mine = out / "models" / file.name
+        if not mine.exists():
+            faults.append(f"{file.name}: lost")
+            continue
+        found, wanted = load_file(mine), load_file(file)
+        if found.keys() != wanted.keys() or not all(torch.equal(found[name], wanted[name]) for name in wanted):
+            faults.append(f"{file.name}: other weights than undisturbed")
+    return faults
+
+
+def main(argv: list[str] | None = None) -> int:
     """``make chaos``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=1200, help="after this nothing more is killed")
+    parser.add_argument("--minutes", type=float, default=10, help="go on killing at least so long")
+    parser.add_argument("--limit", type=float, default=60, help="minutes after which nothing more is killed")
+    parser.add_argument("--pause", type=float, nargs=2, default=(2.0, 8.0), metavar="SECONDS", help="between two kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenarios", type=int, default=40)
+    parser.add_argument("--scenarios", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=40)
-    options = parser.parse_args()
+    parser.add_argument("--report", type=Path, help="write the report there, too")
+    options = parser.parse_args(argv)
     config = workload(options.scenarios, options.seeds, options.epochs)
-    outcome = chaos(config, options.kills, (2.0, 8.0), options.seed, options.seconds)
-    print("\n".join(outcome.lines()))
+    least, limit = 60 * options.minutes, 60 * options.limit
+    outcome = campaign(config, options.kills, tuple(options.pause), options.seed, least, limit)
+    # every kind has to have been killed, or the report says less than it seems to
+    outcome.faults += [f"no {kind} was killed" for kind in (*KINDS.values(), "driver") if not outcome.kills[kind]]
+    report = "\n".join(outcome.lines())
+    print(report)
+    if options.report:
+        options.report.write_text(f"{machine()}\n\n{report}\n")
     return 1 if outcome.faults else 0
 
 

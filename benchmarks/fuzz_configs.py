@@ -1,5 +1,6 @@
 """Fuzzed configurations: every preset with values replaced, dropped, retyped and misplaced, damaged as text, and
-changed by ``--set``. Each must be a valid configuration, which reads back equal and has a plan, or one line of InputError."""
+changed by ``--set``. Each must be a valid configuration, which reads back equal and has a plan, or one line of
+InputError."""
 
 from __future__ import annotations
 
@@ -52,9 +53,10 @@ KEYS = (
 #: what YAML lets one write
 ODDITIES = (
     "&a [*a]", "*nobody", "!!python/object/apply:os.getcwd []", "!!binary aGk=", "!!set {a, b}", "!!omap [a: 1]",
-    "<<: 1", "? [1]\n: 2", "--- \n---", "%YAML 9.9", "!x y", "2026-01-31", "1:30:00", "0o17", "0b1", ".inf", ".NaN", "=",
-    "yes", "{a: 1, a: 2}", "[" * 60, "{" * 300, "'", '"\\ud800"', "|\n  text", ">-\n  text", "\t", "\x07", "\ufeff", "- ",
-    "@", "`", "9" * 5000, "-0", "1e999", "!!float nan", "!!int x", "!!timestamp x", "!!null x", "# only a remark", "? ",
+    "<<: 1", "? [1]\n: 2", "--- \n---", "%YAML 9.9", "!x y", "2026-01-31", "1:30:00", "0o17", "0b1", ".inf", ".NaN",
+    "=", "yes", "{a: 1, a: 2}", "[" * 60, "{" * 300, "'", '"\\ud800"', "|\n  text", ">-\n  text", "\t",
+    "\x07", "\ufeff", "- ", "@", "`", "9" * 5000, "-0", "1e999", "!!float nan", "!!int x", "!!timestamp x", "!!null x",
+    "# only a remark", "? ",
 )  # fmt: skip
 FAR = ("a", "0", "-1", "1", "99", "9" * 30, "", " ", "é", "٣", "²", "name", "training", "attack", "epochs", "__class__")
 

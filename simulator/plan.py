@@ -105,6 +105,13 @@ class Scenario:
         return "+".join(stage.attack.name for stage in self.stages)
 
     @property
+    def work(self) -> int:
+        """About how many images are trained on: what decides which scenario is started first, and nothing else."""
+        recipes = [getattr(stage.attack, "training", None) for stage in self.stages]
+        epochs = [recipe.epochs if isinstance(recipe, Recipe) else 1 for recipe in recipes]
+        return sum(stage.budget * count for stage, count in zip(self.stages, epochs, strict=True))
+
+    @property
     def label(self) -> str:
         """How progress lines call it."""
         victim = self.victim.watermark.name if self.victim.watermark else BENIGN

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy.stats import binom
 from torch import Tensor, nn
 
 from simulator.component import Settings
@@ -60,6 +59,8 @@ def wilson_interval(successes: int, trials: int, z: float = Z95) -> tuple[float,
 
 def p_value(successes: int, trials: int, classes: int) -> float:
     """``P(X >= successes)`` for X ~ B(trials, 1 / classes): Eq. 20 at the observed count."""
+    from scipy.stats import binom  # a second of a processor's time, which only those who verify need to spend
+
     return float(binom.sf(successes - 1, trials, 1 / classes))
 
 

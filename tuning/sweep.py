@@ -126,7 +126,7 @@ class Sweep:
             InputError: no trial ran to its end.
         """
         try:
-            self._crew.serve()
+            self._crew.serve({})
             options: Any = WorkshopActor.options(scheduling_strategy=here())
             self._workshop = options.remote(str(self._directory.path), self._config, self._crew)
             begun = time.monotonic()

@@ -289,7 +289,9 @@ class Workshop:
         record = self._config.base.save_transfer_sets
 
         def run(attacker: Any) -> list[Any]:
-            return list(attacker.run.options(num_returns=2).remote(scenario, tokens, triggers, record))
+            return list(
+                attacker.run.options(num_returns=2).remote(self._crew.service, scenario, tokens, triggers, record)
+            )
 
         accounts = list(scenario.accounts)
         try:

@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from scipy.stats import binom
 from torch import Tensor
 
 from simulator.data import Images
@@ -139,4 +138,6 @@ def fast_gradient_sign(model: Classifier, images: Tensor, labels: Tensor, epsilo
 def mismatch_threshold(samples: int, level: float = 0.05) -> int:
     """θ: the paper accuses a model that misses fewer than θ of the key's samples, the largest number for which a model
     that misses each with probability 1/2 is accused with a probability below ``level``."""
+    from scipy.stats import binom
+
     return sum(bool(binom.cdf(missed, samples, 0.5) < level) for missed in range(samples + 1))

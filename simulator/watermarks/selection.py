@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from simulator.data import Images
@@ -25,6 +24,8 @@ def representative_classes(centroids: Tensor, count: int, seed: int) -> tuple[in
     The two classes of a cluster of two are equally near to its centre, but for rounding, and rounding differs with the
     number of threads; nearness within a millionth is therefore a tie, and the lowest class wins it.
     """
+    from sklearn.cluster import KMeans  # attackers know of this module, and need not wait for scikit-learn
+
     means = KMeans(count, n_init=10, random_state=seed % 2**32).fit(centroids.double().numpy())
     distances = torch.from_numpy(means.transform(centroids.double().numpy()))
     members = torch.from_numpy(means.labels_).unsqueeze(1) == torch.arange(count)

@@ -148,7 +148,7 @@ class Killing(RayRun):
     def _steal(self, attacker: Any, scenario: Scenario) -> None:
         pid = attacker.__ray_call__.remote(getpid)
         super()._steal(attacker, scenario)
-        if "attacker" not in self.killed:
+        if "attacker" not in self.killed and scenario.budget < TOO_MANY:
             while not ray.get(self._ledger.spent.remote(list(scenario.accounts))):
                 pass
             self._kill("attacker", ray.get(pid))
