@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from actors.cluster import connected, here
 from actors.devices import Placement
@@ -317,9 +317,11 @@ def _deploy(offer: Offer, ledger: ActorHandle[Any], shelf: ActorHandle[Any], hos
     accounts = {terms.token_hash: name for name, terms in offer.terms.items()}
     application = deployment.bind(ledger, shelf, placement, offer.model.model_dump(mode="json"), accounts)
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging)
+        # on a busy machine Serve gives a proxy up that is slow to start, and starts another: opened() waits for it
+        with suppress(RayActorError, TimeoutError):
+            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging)
         serve.run(application, name="exsim-serve", route_prefix="/")
-    except (RayError, RuntimeError) as error:
+    except (RayError, RuntimeError, TimeoutError) as error:
         raise InputError(f"Ray Serve could not open the door: {' '.join(str(error).split())[-300:]}") from None
 
 

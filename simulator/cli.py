@@ -355,6 +355,7 @@ def _verify_file(model: Path, key: Path, threshold: float) -> int:
 def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: Any) -> int:
     """Serve a model over HTTP, with bearer tokens and a budget for each account, until Ctrl-C. See docs/http.md."""
     _quiet_ray()
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # 5 s by default, too few on a busy machine
     from actors.serving import account_names, served, wait_for_the_end
 
     try:

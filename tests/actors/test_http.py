@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,14 +37,14 @@ from actors.devices import Placement
 from actors.http import Door, build_app, ledger_key
 from actors.http_body import MAX_BODY
 from actors.ledger import LedgerService
-from actors.serving import account_names, free_port, held, prepare
+from actors.serving import account_names, held, prepare
 from actors.stores import Shelf
 from actors.victim import Victim
 from simulator.attacks.knockoff import Knockoff
 from simulator.cli import main
 from simulator.errors import InputError
 from simulator.http_oracle import HttpClient, ModelInfo, connect
-from simulator.ledger import Ledger, Terms, hash_token
+from simulator.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.models import build, load_model, save_model
 from simulator.oracle import BudgetExhausted, ServiceOracle
 from simulator.pools import Pool
@@ -603,39 +604,37 @@ AS_FROM_A_TERMINAL = (
 
 
 @pytest.mark.slow
-def test_a_served_model_is_asked_ended_and_served_again_with_its_balance(folder: Path) -> None:
+def test_a_model_is_served_asked_and_ended_and_its_balance_is_kept(folder: Path) -> None:
     """Through Serve's own HTTP proxy, in a Ray of its own."""
-    port = free_port("127.0.0.1", 0)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", AS_FROM_A_TERMINAL, "serve", "--model", "model", "--budget", "10"]
-    command += ["--port", str(port), "--dir", "kept"]
+    command += ["--port", "0", "--dir", "kept"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    before, url = 10, f"http://127.0.0.1:{port}"
-    for after in (6, 2):
-        process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
-        try:
-            said = [process.stdout.readline() for _ in range(4)]  # type: ignore[union-attr]
-            assert url in said[0], said + process.communicate()
-            assert said[1].startswith(f"account-1: {before} of 10 images left")
-            token = json.loads((folder / "kept" / "tokens.json").read_bytes())["account-1"]
-            assert (token in said[1]) == (before == 10)
-            reply = requests.post(
-                url + "/v1/predict", data=npy(GOOD), headers={**NPY, "Authorization": f"Bearer {token}"}, timeout=60
-            )
-            assert (reply.status_code, reply.json()["remaining"]) == (200, after)
-            rows = np.array(reply.json()["probabilities"], np.float32)
-            assert np.array_equal(rows, predict(load_model(folder / "model")[0], torch.from_numpy(GOOD)).numpy())
-            assert requests.get(url + "/v1/account", timeout=60).status_code == 401
-            over = connect(url, token)
-            over.budget = 100
-            with pytest.raises(BudgetExhausted, match=f"{after} of 10 remain"):
-                over.query(IMAGES[:20])
-            os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all processes that it started
-            out, err = process.communicate(timeout=60)
-            assert (process.returncode, err) == (0, ""), out + err
-        finally:
-            process.kill()
-            process.communicate()
-        with pytest.raises(requests.ConnectionError):
-            requests.get(url + "/healthz", timeout=5)
-        before = after
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    try:
+        said = [process.stdout.readline() for _ in range(4)]  # type: ignore[union-attr]
+        found = re.search(r"http://127\.0\.0\.1:\d+", said[0])
+        assert found, [*said, *process.communicate(timeout=60)]
+        url, token = found[0], json.loads((folder / "kept" / "tokens.json").read_bytes())["account-1"]
+        assert said[1].split() == f"account-1: 10 of 10 images left, token {token}".split()
+        oracle = connect(url, token)
+        rows = oracle.query(IMAGES[:4])
+        assert torch.equal(rows, predict(load_model(folder / "model")[0], IMAGES[:4]))
+        oracle.budget = 100
+        with pytest.raises(BudgetExhausted, match="6 of 10 remain"):
+            oracle.query(IMAGES[:20])
+        assert requests.get(url + "/v1/account", timeout=60).status_code == 401
+        with held(folder), pytest.raises(InputError, match="another exsim serve"), held(folder / "kept"):
+            pass
+        os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all processes that it started
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, ""), out + err
+    finally:
+        process.kill()
+        process.communicate()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url + "/healthz", timeout=5)
+    data = (folder / "model").read_bytes()
+    victim = f"model-{digest_of(data)[:12]}"
+    again = prepare(data, victim, MODEL.spec, folder / "kept", "soft", 10, ["account-1"])
+    assert (again.remaining, again.tokens, again.fresh) == ({"account-1": 6}, {"account-1": token}, frozenset())
