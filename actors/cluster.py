@@ -85,18 +85,26 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
 
 
 def _reach(address: str) -> None:
-    """Sees that something listens at ``host:port`` or ``ray://host:port``, for Ray would try for many minutes.
+    """Sees that something listens at ``host:port``, for Ray would try for many minutes.
+
+    Ray Client (``ray://``) is refused: its driver is on no node, and so there is none on which the ledger and the
+    collector could write into the run directory.
 
     Raises:
         InputError: nothing does.
     """
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise InputError(
+            f"no Ray cluster at {address} for a run: its actors write beside the driver, so start it on a node of the "
+            f"cluster, by ray job submit or ray exec; allowed there: auto, HOST:PORT"
+        )
+    host, colon, port = address.rpartition(":")
     if not colon:
         return  # "auto" and its like: Ray looks for a cluster on this machine
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"no Ray cluster at {address}: {error}; allowed: HOST:PORT, ray://HOST:PORT, auto") from None
+        raise InputError(f"no Ray cluster at {address}: {error}; allowed: HOST:PORT, auto") from None
 
 
 def _session_logs() -> Path | None:
