@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.devices import CPU_BESIDE_GPU, Placement
@@ -24,6 +26,8 @@ from simulator.errors import InputError
 OBJECT_STORE = 1 << 30
 #: how long a cluster's address may take to answer
 CONNECT_SECONDS = 10.0
+#: seconds between two looks at how far a cluster has grown
+GROWTH_POLL = 2.0
 #: a CPU's share that rounding may miss by
 SLACK = 1e-6
 #: the least share of a resource that Ray knows
@@ -81,18 +85,26 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
 
 
 def _reach(address: str) -> None:
-    """Sees that something listens at ``host:port`` or ``ray://host:port``, for Ray would try for many minutes.
+    """Sees that something listens at ``host:port``, for Ray would try for many minutes.
+
+    Ray Client (``ray://``) is refused: its driver is on no node, and so there is none on which the ledger and the
+    collector could write into the run directory.
 
     Raises:
         InputError: nothing does.
     """
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise InputError(
+            f"no Ray cluster at {address} for a run: its actors write beside the driver, so start it on a node of the "
+            f"cluster, by ray job submit or ray exec; allowed there: auto, HOST:PORT"
+        )
+    host, colon, port = address.rpartition(":")
     if not colon:
         return  # "auto" and its like: Ray looks for a cluster on this machine
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"no Ray cluster at {address}: {error}; allowed: HOST:PORT, ray://HOST:PORT, auto") from None
+        raise InputError(f"no Ray cluster at {address}: {error}; allowed: HOST:PORT, auto") from None
 
 
 def _session_logs() -> Path | None:
@@ -137,6 +149,30 @@ def nodes() -> list[dict[str, float]]:
     """The resources of every node of the connected cluster."""
     alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in alive]
+
+
+def grow(config: RunConfig, scenarios: int, patience: float) -> None:
+    """Asks the cluster's autoscaler for all that a run can use, and waits until it is there, ``patience`` seconds at
+    most; what has come by then is used. GPUs are asked for unless ``device`` is ``cpu``.
+
+    Without this a run is fitted onto the nodes that are up, and workers that scale from zero stay at zero.
+    """
+    shares, gpu = config.resources, config.device != "cpu"
+    attackers = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
+    parts = [shares.attacker] * attackers + [shares.trainer] * shares.trainers + [shares.victim] * shares.replicas
+    request_resources(bundles=[{"GPU": part, "CPU": CPU_BESIDE_GPU} if gpu else {"CPU": part} for part in parts])
+    until = time.monotonic() + patience
+    try:
+        while time.monotonic() < until:
+            try:
+                layout = lay_out(config, scenarios)
+                if layout.gpu == gpu and layout.attackers == attackers:
+                    return
+            except InputError:  # it does not fit yet
+                pass
+            time.sleep(min(GROWTH_POLL, max(0.0, until - time.monotonic())))
+    finally:
+        request_resources(bundles=[])  # a node that has come stays for the autoscaler's idle time
 
 
 def this_machine() -> list[dict[str, float]]:

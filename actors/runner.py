@@ -125,6 +125,7 @@ class RayRun:
         self._accounts = {scenario.id: tuple(scenario.accounts) for scenario in plan.scenarios}
         self._budgets = {scenario.id: scenario.budget for scenario in plan.scenarios}
         self._refreshed = 0.0
+        self._asked: list[ObjectRef[Any]] = []
         self._notices: dict[str, tuple[str, int, int]] = {}
         self._spent: dict[str, int] = {}
         self._open_accounts()
@@ -181,9 +182,10 @@ class RayRun:
         if not self._jobs:
             time.sleep(POLL)
             return
-        ready, _ = ray.wait(list(self._jobs), timeout=POLL)
-        for ref in ready:
-            self._finish(ref)
+        jobs = list(self._jobs)
+        if ray.wait(jobs, timeout=POLL)[0]:  # and all others that have ended meanwhile
+            for ref in ray.wait(jobs, num_returns=len(jobs), timeout=0)[0]:
+                self._finish(ref)
 
     def _finish(self, ref: ObjectRef[Any]) -> None:
         job = self._jobs.pop(ref)
@@ -349,12 +351,18 @@ class RayRun:
     # -- what the user sees ----------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
+        """Draws. What is drawn is asked for at one look and taken at a later one: nobody waits for a busy ledger."""
         now = time.monotonic()
         if now - self._refreshed < REFRESH:
             return
         self._refreshed = now
+        if not self._asked:
+            self._asked = [self._board.read.remote(), self._ledger.all_spent.remote()]
+        if len(ray.wait(self._asked, num_returns=len(self._asked), timeout=0)[0]) < len(self._asked):
+            return
+        asked, self._asked = self._asked, []
         try:
-            self._notices, self._spent = ray.get([self._board.read.remote(), self._ledger.all_spent.remote()])
+            self._notices, self._spent = ray.get(asked)
         except RayActorError:  # one of them is being started again; what was drawn last stays
             return
         tasks = {}

@@ -5,8 +5,8 @@
 What is real: the plan and its preflight, the runner that hands out scenarios, the ledger actor and its log, the service
 on Ray Serve, the client's transport and oracle, the collector that measures every stolen model and writes its row.
 What is not: nobody trains, and the models are one linear layer, so that all that is left is the simulator's own work.
-An attacker costs a gigabyte where it trains with torch; here each is a thread of one of a few processes, and between
-two messages it sleeps for the time that a step of training was recorded to take (``--think``).
+An attacker costs a gigabyte where it trains with torch; here each is a coroutine in one of a few processes, and between
+two messages it sleeps for the time that its training was recorded to take (``--think``).
 
 Printed are rates, and for every kind of process its CPU seconds and its greatest memory: a kind that has used about as
 many CPU seconds as the clock is what saturates first.
@@ -15,6 +15,7 @@ many CPU seconds as the clock is what saturates first.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import cProfile
 import os
 import pstats
@@ -38,22 +39,24 @@ from rich.table import Table
 from actors.cluster import Layout, connected
 from actors.devices import Placement
 from actors.runner import RayRun
-from actors.victim import ServeTransport
+from actors.victim import PACK, direct
 from benchmarks.measure import machine
 from simulator.config import RunConfig, check_config
 from simulator.display import Display
+from simulator.errors import InputError
 from simulator.ledger import Ledger
 from simulator.models import build, to_bytes
-from simulator.oracle import CHUNK, ServiceOracle
+from simulator.oracle import CHUNK
 from simulator.plan import OwnerModel, Scenario
 from simulator.preflight import prepare
 from simulator.rundir import RunDirectory
+from simulator.service import Query
 from simulator.simulate import Theft, TrainedOwner, World
 from simulator.training import use_one_thread
 from simulator.watermarks.key import KeySamples
 
 #: attackers in one process
-THREADS = 250
+EACH = 250
 #: key samples of a victim
 KEY = 50
 #: share of a CPU that every actor asks; the machine's cores are no matter where nothing computes
@@ -104,35 +107,37 @@ class Trainers(Host):
 
 
 class Attackers(Host):
-    """Many attackers in one process, a thread each, who ask and do not learn."""
+    """Many attackers in one process, a coroutine each, who ask and do not learn."""
 
     def __init__(self, world: World, handle: Any, think: float) -> None:
         use_one_thread()
-        self._world, self._handle, self._think = world, handle, think
+        self._world, self._handle, self._think = world, direct(handle), think
         data = world.dataset
         self._model = build("linear", channels=data.channels, size=data.size, classes=data.classes).eval()
-        self._images = data.attacker.images.repeat(2, 1, 1, 1)[:CHUNK]
+        self._images = data.attacker.images.repeat(2, 1, 1, 1)[:CHUNK].numpy()
 
-    def run(
+    async def run(
         self, scenario: Scenario, tokens: dict[str, str], triggers: KeySamples | None, record: bool
     ) -> tuple[Theft, int]:
-        """As :meth:`actors.workers.Attacker.run`: spends the budget, a step's time between two messages."""
+        """As :meth:`actors.workers.Attacker.run`: spends the budget, a step's time between two messages.
+
+        The messages are those of :class:`actors.victim.ServeTransport`, which would need a thread for each attacker:
+        hundreds of threads in a process spend their time on Python's lock.
+        """
         started, clock = datetime.now(UTC), time.perf_counter()
-        transport = ServeTransport(self._handle)
         ((account, token),) = tokens.items()
-        oracle = ServiceOracle(
-            transport,
-            account,
-            token,
-            labels=scenario.stages[0].labels,
-            classes=self._world.dataset.classes,
-            shape=self._world.shape,
-            budget=scenario.budget,
-        )
-        while oracle.remaining:
-            oracle.query(self._images[: oracle.remaining])
-            time.sleep(self._think)
-        return Theft(self._model, oracle.asked, time.perf_counter() - clock, started), oracle.asked
+        asked = key = 0
+        while asked < scenario.budget:
+            message = []
+            while len(message) < PACK and asked < scenario.budget:
+                images = self._images[: scenario.budget - asked]
+                message.append(Query(account, token, key, images))
+                asked, key = asked + len(images), key + 1
+            for answer in await self._handle.answer.remote(message):
+                if isinstance(answer, InputError):
+                    raise answer
+            await asyncio.sleep(self._think * len(message))
+        return Theft(self._model, asked, time.perf_counter() - clock, started), asked
 
 
 class Simulated(RayRun):
@@ -166,9 +171,9 @@ class Simulated(RayRun):
 
     def _new_attacker(self) -> Any:
         if not self._places:
-            kind: Any = ray.remote(num_cpus=SHARE, max_concurrency=THREADS)(Attackers)
+            kind: Any = ray.remote(num_cpus=SHARE, max_concurrency=EACH)(Attackers)
             self._workers.append(kind.remote(self._world_for_attackers, self._handle, self.think))
-            self._places.extend([self._workers[-1]] * THREADS)
+            self._places.extend([self._workers[-1]] * EACH)
         return self._places.popleft()
 
 

@@ -43,6 +43,9 @@ def exsim() -> None:
 @click.option("--resume", metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
 @click.option("--local", is_flag=True, help="One process, no Ray.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
+@click.option(
+    "--wait", type=click.FloatRange(min=0), default=0, metavar="SECONDS", help="For an autoscaler to bring its nodes."
+)
 @click.pass_context
 def run(
     context: click.Context,
@@ -53,6 +56,7 @@ def run(
     resume: str | None,
     local: bool,
     address: str | None,
+    wait: float,
 ) -> int:
     """Run CONFIG: a preset's name (see: exsim list presets) or a YAML file."""
     from simulator.remote import mirrored
@@ -62,17 +66,19 @@ def run(
     if resume is None:
         settings = _read(config, overrides)
         with mirrored(out, None) as (place, _):
-            return _run(None, settings, data, place, local, address)
+            return _run(None, settings, data, place, local, address, wait)
     given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
     if given or overrides:
         raise InputError("--resume takes the earlier run's configuration; leave out CONFIG, --set and --out")
     with mirrored(None, resume) as (_, earlier):
         assert earlier is not None
         directory, settings = RunDirectory.resume(earlier)
-        return _run(directory, settings, data, None, local, address)
+        return _run(directory, settings, data, None, local, address, wait)
 
 
-def _run(directory: Any, config: Any, data: Path | None, out: Path | None, local: bool, address: str | None) -> int:
+def _run(
+    directory: Any, config: Any, data: Path | None, out: Path | None, local: bool, address: str | None, wait: float
+) -> int:
     """Checks everything that can be checked beforehand, then runs, then reports."""
     from simulator.preflight import prepare
     from simulator.rundir import RunDirectory
@@ -83,12 +89,11 @@ def _run(directory: Any, config: Any, data: Path | None, out: Path | None, local
     resumed = directory is not None
     directory = directory or RunDirectory.create(config, out)
     with directory.held():
-        return _run_in(directory, config, plan, world, resumed=resumed, local=local, address=address)
+        how = {"local": local, "address": address, "wait": wait}
+        return _run_in(directory, config, plan, world, resumed=resumed, **how)
 
 
-def _run_in(
-    directory: Any, config: Any, plan: Any, world: Any, *, resumed: bool, local: bool, address: str | None
-) -> int:
+def _run_in(directory: Any, config: Any, plan: Any, world: Any, *, resumed: bool, local: bool, **how: Any) -> int:
     """Runs in a directory that no other process works in, then reports."""
     from simulator.display import Display
     from simulator.report import render_table, write_report
@@ -103,7 +108,7 @@ def _run_in(
     state, good = "failed", False
     try:
         with display:
-            good = _start(config, plan, world, directory, display, local=local, address=address)
+            good = _start(config, plan, world, directory, display, local=local, **how)
         state = "done" if good else "failed"
     except InputError:
         if not resumed:
@@ -128,18 +133,20 @@ def _run_in(
 
 
 def _start(
-    config: Any, plan: Any, world: Any, directory: Any, display: Any, *, local: bool, address: str | None
+    config: Any, plan: Any, world: Any, directory: Any, display: Any, *, local: bool, address: str | None, wait: float
 ) -> bool:
     """The run itself; whether every row is good."""
     if local:
         from simulator.local import LocalRun
 
         return LocalRun(config, plan, world, directory, display).run()
-    from actors.cluster import connected, lay_out
+    from actors.cluster import connected, grow, lay_out
     from actors.runner import RayRun
 
     try:
         with connected(address, directory.path / "logs"):
+            if wait:
+                grow(config, len(plan.scenarios), wait)
             layout = lay_out(config, len(plan.scenarios))
             return RayRun(config, plan, world, directory, display, layout).run()
     finally:

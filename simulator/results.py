@@ -255,8 +255,15 @@ def read_curves(run_dir: Path) -> list[CurvePoint]:
 def write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, config_json: str) -> Path:
     """Write records as one Parquet file, atomically, with the schema version and the config in its metadata."""
     metadata = {"exsim.schema_version": str(SCHEMA_VERSION), "exsim.config": config_json}
-    part = pa.Table.from_pylist([record.model_dump() for record in records], schema=schema.with_metadata(metadata))
-    replace_file(path, lambda file: pq.write_table(part, file))
+    part = pa.Table.from_pylist([record.model_dump() for record in records], schema=schema)
+
+    def write(file: Path) -> None:
+        # Arrow's own copy of the schema would hold the metadata once more, which is most of a part of one row
+        with pq.ParquetWriter(file, schema, store_schema=False) as writer:
+            writer.add_key_value_metadata(metadata)
+            writer.write_table(part)
+
+    replace_file(path, write)
     return path
 
 

@@ -99,6 +99,52 @@ def test_what_does_not_fit_is_named_with_what_there_is(
     assert [word for word in words if word not in line] == [], line
 
 
+class Autoscaler:
+    """Gives the nodes that it is asked for, one at a look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, head: dict[str, float], worker: dict[str, float], most: int):
+        self.nodes, self.worker, self.most, self.asked = [head], worker, most, [[{}]]
+        monkeypatch.setattr(cluster.ray, "nodes", self.look)
+        monkeypatch.setattr(cluster, "request_resources", lambda bundles: self.asked.append(bundles))
+        monkeypatch.setattr(cluster, "GROWTH_POLL", 0.0)
+
+    def look(self) -> list[dict[str, Any]]:
+        found = [{"Alive": True, "Resources": node} for node in self.nodes]
+        if self.asked[-1] and len(self.nodes) <= self.most:
+            self.nodes.append(self.worker)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("most", "attackers", "patience", "nodes"),
+    [
+        pytest.param(8, 5, 60.0, 5, id="all that is wanted comes, and no more is waited for"),
+        pytest.param(2, 5, 0.2, 3, id="what has come in time is used"),
+    ],
+)
+def test_workers_that_scale_from_zero_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, most: int, attackers: int, patience: float, nodes: int
+) -> None:
+    scaler = Autoscaler(monkeypatch, {"CPU": 4}, {"CPU": 4, "GPU": 1}, most)
+    data = {"name": "test", "dataset": "digits", "watermarks": ["deeptracer"], "resources": SHARES}
+    config = check_config(data)
+    assert not lay_out(config, attackers).gpu
+    scaler.nodes = scaler.nodes[:1]
+    cluster.grow(config, attackers, patience)
+    _, asked, taken_back = scaler.asked
+    assert asked == [{"GPU": 0.5, "CPU": 0.1}] * 6 + [{"GPU": 0.25, "CPU": 0.1}]
+    assert taken_back == []
+    assert len(scaler.nodes) - nodes in (0, 1)  # the one that came after the last look
+    assert lay_out(config, attackers).gpu
+
+
+def test_a_run_on_cpus_asks_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = Autoscaler(monkeypatch, {"CPU": 1}, {"CPU": 4}, 1)
+    data = {"name": "test", "dataset": "digits", "watermarks": ["deeptracer"], "device": "cpu", "resources": SHARES}
+    cluster.grow(check_config(data), 2, 60.0)
+    assert scaler.asked[1:] == [[{"CPU": 0.5}] * 3 + [{"CPU": 0.25}], []]
+
+
 def test_a_placement_asks_for_a_gpu_and_a_little_of_a_cpu_or_for_a_cpu_alone() -> None:
     assert Placement(True, 0.25).options() == {"num_gpus": 0.25, "num_cpus": 0.1}
     assert Placement(False, 0.25).options() == {"num_cpus": 0.25}

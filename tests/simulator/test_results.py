@@ -216,11 +216,11 @@ def test_no_run_is_an_error_and_a_run_without_rows_is_not(tmp_path: Path) -> Non
 def test_a_writer_that_dies_leaves_the_old_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_row(tmp_path, row(accuracy=0.5), "{}")
 
-    def die(_: pa.Table, path: Path) -> None:
-        path.write_bytes(b"half a")
+    def die(writer: pq.ParquetWriter, _: pa.Table) -> None:
+        Path(writer.where).write_bytes(b"half a")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pq, "write_table", die)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", die)
     with pytest.raises(KeyboardInterrupt):
         write_row(tmp_path, row(accuracy=0.9), "{}")
     assert [found.accuracy for found in read_rows(tmp_path)] == [0.5]
