@@ -247,9 +247,9 @@ def page(run_dir: Path, name: str) -> str:
         f"`{command}`",
         f"commit {commit}, seeds {info.seeds}, status {info.status}, torch {info.versions['torch']}, "
         f"{info.host.cpus} cores; {len(failed)} rows failed",
-        "Per cent, mean ± standard deviation over the seeds. Where the data are Fashion-MNIST, the paper's figures stand "
-        "beside: Yang et al., AAAI 2026, Tables 1 and 2; its victims learn 60,000 images for 200 epochs and its budgets are not stated, so what "
-        "compares is the order of the schemes, not the figures.",
+        "Per cent, mean ± standard deviation over the seeds. Where the data are Fashion-MNIST, figures of the paper "
+        "stand beside (Yang et al., AAAI 2026, Tables 1 and 2). Its victims learn 60,000 images for 200 epochs and its "
+        "budgets are not stated, so what compares is the order of the schemes, not the figures.",
         "## Benign models and victims (Table 1), WSR before the filter",
         tables.owners(),
         "Misses the bars (victim's WSR 95, or 85 for `composite`, `ewe`, `mea_defender`; accuracy within 3 of benign; "
