@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The page results/schemes.md: thirteen watermarks, eleven thefts with their controls, three seeds, on digits.
+# The page results/schemes.md: thirteen watermarks, ten thefts with their controls, three seeds, on digits.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=runs/schemes

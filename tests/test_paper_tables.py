@@ -78,6 +78,14 @@ def test_owners(tables: Tables) -> None:
     ]
 
 
+def test_other_data_and_other_attacks_have_no_figure_of_the_paper() -> None:
+    plain = Measured(knockoff("badnets", 0, "soft", accuracy=0.5, wsr=0.5), 0.5)
+    digits = Measured(plain.row.model_copy(update={"dataset": "digits"}), 0.5)
+    adaptive = Measured(plain.row.model_copy(update={"attack_params": '{"strategy": "adaptive"}'}), 0.5)
+    shown = [Tables([each]).stolen(lambda each: each.unfiltered, paper=True) for each in (plain, digits, adaptive)]
+    assert ["paper" in text for text in shown] == [True, False, False]
+
+
 def test_what_misses_the_bars(tables: Tables) -> None:
     found = tables.contract().splitlines()
     assert "- badnets, seed 0: victim's WSR 90.0, below 95" in found
