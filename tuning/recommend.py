@@ -66,7 +66,12 @@ class Candidate(Settings):
 
 
 class Recommendation(Settings):
-    """What a sweep ends with. ``feasible``: whether the winner's drop in the search is within the limit."""
+    """What a sweep ends with.
+
+    Attributes:
+        feasible: whether the winner's accuracy drop in the search is within the limit.
+        idle_seconds: of the search, in which no worker had anything to do: what waiting for Tune cost in all.
+    """
 
     winner: Candidate
     default: Candidate
@@ -75,7 +80,7 @@ class Recommendation(Settings):
     stopped: int
     failed: int
     search_seconds: float = 0.0
-    busy_seconds: float = 0.0
+    idle_seconds: float = 0.0
 
     @property
     def same(self) -> bool:

@@ -232,11 +232,12 @@ def notes(found: Found) -> list[str]:
             f"On fresh seeds the winner's accuracy drop is {100 * fresh.drop:.1f} points, more than the "
             f"{100 * objective.max_drop:g} allowed."
         )
-    idle = max(0.0, chosen.search_seconds - chosen.busy_seconds)
+    costs = sorted(one.overhead_seconds for one in found.records)
     said.append(
         f"{chosen.trials} trials, {chosen.stopped} stopped early, {chosen.failed} failed; in the "
-        f"{chosen.search_seconds:.0f} s of search no worker had anything to do for {idle:.1f} s "
-        f"({idle / max(chosen.trials, 1):.2f} s a trial)."
+        f"{chosen.search_seconds:.0f} s of search no worker had anything to do for {chosen.idle_seconds:.1f} s "
+        f"({chosen.idle_seconds / max(chosen.trials, 1):.2f} s a trial). Overhead of a trial beyond its work: median "
+        f"{costs[len(costs) // 2]:.2f} s, at most {costs[-1]:.2f} s."
     )
     return said
 

@@ -35,7 +35,7 @@ from tuning.records import TrialRecord, record, write_trials
 from tuning.space import Setting, applied, check_space, setting_id
 from tuning.trial import Trial
 from tuning.tuner import Course, Feeder, Rungs, Watch
-from tuning.workshop import WorkshopActor, union
+from tuning.workshop import WorkshopActor, idle
 
 #: seconds between two looks at what is under way
 REFRESH = 0.5
@@ -129,17 +129,17 @@ class Sweep:
             self._crew.serve({})
             options: Any = WorkshopActor.options(scheduling_strategy=here())
             self._workshop = options.remote(str(self._directory.path), self._config, self._crew)
+            ray.get(self._workshop.ready.remote())
             begun = time.monotonic()
             self._search()
-            seconds = time.monotonic() - begun
-            busy = union(ray.get(self._workshop.spans.remote()))
+            seconds, spans = time.monotonic() - begun, ray.get(self._workshop.spans.remote())
             chosen = recommend(self._config, self._sorted(), self._confirm)
         finally:
             if self._workshop is not None:
                 ray.kill(self._workshop)
             self._crew.dismiss()
         self._directory.clear_test()
-        chosen = chosen.model_copy(update={"search_seconds": seconds, "busy_seconds": busy})
+        chosen = chosen.model_copy(update={"search_seconds": seconds, "idle_seconds": idle(spans)})
         sweep = self._directory.path / "sweep"
         write_atomically(sweep / "recommendation.json", chosen.model_dump_json(indent=2).encode())
         write_atomically(self._directory.path / "best.yaml", self._best(chosen.winner.setting).encode())

@@ -51,14 +51,22 @@ def union(spans: Iterable[Span]) -> float:
     return total
 
 
+def idle(spans: Iterable[Span]) -> float:
+    """Seconds between the first span's beginning and the last one's end that no span covers."""
+    spans = list(spans)
+    whole = max((last for _, last in spans), default=0.0) - min((first for first, _ in spans), default=0.0)
+    return whole - union(spans)
+
+
 class Workers:
     """Idle workers of one kind, and those in use."""
 
     def __init__(self, new: Callable[[], Any], count: int) -> None:
         self._new = new
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
-        for _ in range(count):
-            self._idle.put_nowait(new())
+        self.everyone = [new() for _ in range(count)]
+        for worker in self.everyone:
+            self._idle.put_nowait(worker)
 
     async def do(self, call: Callable[[Any], Sequence[ObjectRef[Any]]], begin: Callable[[], None]) -> list[Any]:
         """Has an idle worker do something, a new one if its process dies; the references, of which the last is there.
@@ -98,6 +106,11 @@ class Workshop:
         self._new_rows: list[Row] = []
         self._trainers = Workers(crew.new_trainer, crew.layout.trainers)
         self._attackers = Workers(crew.new_attacker, crew.layout.attackers)
+
+    async def ready(self) -> None:
+        """Returns when every worker has started, so that no trial waits for that."""
+        everyone = [*self._trainers.everyone, *self._attackers.everyone]
+        await asyncio.gather(*(one.__ray_ready__.remote() for one in everyone))
 
     async def stage(self, setting: Setting, stage: str) -> dict[str, Any]:
         """Does a stage of a trial for all of its seeds, and all stages before it that are not done.
