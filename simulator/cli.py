@@ -89,7 +89,7 @@ def _run(
     resumed = directory is not None
     directory = directory or RunDirectory.create(config, out)
     with directory.held():
-        how = {"local": local, "address": address, "wait": wait}
+        how: dict[str, Any] = {"local": local, "address": address, "wait": wait}
         return _run_in(directory, config, plan, world, resumed=resumed, **how)
 
 
