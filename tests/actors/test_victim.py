@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -279,6 +280,40 @@ def test_a_flood_of_messages_is_sent_away_unpaid_and_others_are_answered(service
     assert all(isinstance(answer, Busy) or answer.shape == (4000, 10) for answer in answers)
     assert service.spent(greedy) == 4000 * (len(answers) - len(refused))
     assert service.ask(Query(greedy, TOKEN, 99, GOOD)).shape == (4, 10)
+
+
+def test_a_greedy_client_gets_about_as_much_as_each_modest_one(in_process: Service) -> None:
+    """By first come, first served, 60 messages under way would get it 60 times as much."""
+    greedy, modest = in_process.open(budget=10**6), [in_process.open(budget=10**6) for _ in range(10)]
+    replica = Victim(cast(Any, Here("ledger")), cast(Any, Here("shelf")), Placement(False, 0.5))
+    images, rounds = np.zeros((200, 1, 8, 8), np.uint8), 12
+
+    async def ask(account: str, key: int) -> bool:
+        (answer,) = await replica.answer([Query(account, TOKEN, key, images)])
+        return not isinstance(answer, Busy)
+
+    async def flood(keys: Iterator[int]) -> None:
+        while True:
+            await ask(greedy, next(keys))
+            await asyncio.sleep(0.001)
+
+    async def scene() -> None:
+        keys = itertools.count()
+        floods = [asyncio.create_task(flood(keys)) for _ in range(60)]
+        await asyncio.sleep(0.05)
+
+        async def steal(account: str) -> None:
+            for key in range(rounds):
+                assert await ask(account, key)
+
+        await asyncio.gather(*(steal(account) for account in modest))
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+
+    asyncio.run(scene())
+    assert [in_process.spent(account) for account in modest] == [rounds * 200] * 10
+    assert in_process.spent(greedy) <= 2 * MAX_PER_ACCOUNT * rounds * 200
 
 
 def test_a_message_that_was_sent_away_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
