@@ -150,9 +150,6 @@ class RayRun:
             str(directory.path), config, world.dataset.name
         )
         self._handle: Any = None
-        self._deployment = Deployment(
-            lambda: deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas)
-        )
         self._attackers: deque[Any] = deque(self._new_attacker() for _ in range(layout.attackers))
         self._untrained = deque(plan.benigns)
 
@@ -170,16 +167,18 @@ class RayRun:
 
         What fails becomes a row with its error, and the rest goes on.
         """
+        layout = self._layout
+        deployment = Deployment(lambda: deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas))
         try:
             self._start_trainings()
             while self._jobs or self._handle is None:
                 self._finish_some()
-                if self._handle is None and (handle := self._deployment.handle()) is not None:
+                if self._handle is None and (handle := deployment.handle()) is not None:
                     self._handle = handle
                     self._start_thefts()
                 self._refresh()
         finally:
-            self._deployment.wait()  # else it would go on with a Ray that is gone, and start another
+            deployment.wait()  # else it would go on with a Ray that is gone, and start another
             serve.delete(self._app, _blocking=False)
             for actor in (*self._workers, self._collector, self._keeper, self._shelf, self._board, self._ledger):
                 ray.kill(actor)  # the cluster and this process may go on
