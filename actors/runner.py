@@ -135,7 +135,6 @@ class RayRun:
         self._ledger, self._board, self._collector = self._crew.ledger, self._crew.board, self._crew.collector
         self._trainers: deque[Any] = deque(self._crew.workers)
         self._handle: Any = None
-        self._deployment = Deployment(lambda: self._crew.serve(plan.attacks))
         self._attackers: deque[Any] = deque(self._new_attacker() for _ in range(layout.attackers))
         self._untrained = deque(plan.benigns)
 
@@ -153,16 +152,17 @@ class RayRun:
 
         What fails becomes a row with its error, and the rest goes on.
         """
+        deployment = Deployment(lambda: self._crew.serve(self._plan.attacks))
         try:
             self._start_trainings()
             while self._jobs or self._handle is None:
                 self._finish_some()
-                if self._handle is None and (handle := self._deployment.handle()) is not None:
+                if self._handle is None and (handle := deployment.handle()) is not None:
                     self._handle = handle
                     self._start_thefts()
                 self._refresh()
         finally:
-            self._deployment.wait()  # else it would go on with a Ray that is gone, and start another
+            deployment.wait()  # else it would go on with a Ray that is gone, and start another
             self._crew.dismiss()
             if self._config.query_log:
                 ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)

@@ -225,3 +225,13 @@ def test_short_hash_depends_on_every_part_and_on_no_order_of_keys() -> None:
     assert len(short_hash(1)) == 12
     # ids of earlier runs are found again: this value must never change
     assert short_hash("a", 1, None) == "30780d0daa72"
+
+
+def test_the_work_of_a_scenario_grows_with_its_images_and_its_epochs() -> None:
+    attack = {"name": "knockoff", "training": {"epochs": 3}}
+    assert theft(attack=attack).work == 300
+    assert theft(attack=attack, budget=200).work == 600
+    (two,) = plan(
+        scenarios=[{"stages": [THEFT | {"attack": attack}, THEFT | {"budget": 10}]}], controls=False
+    ).scenarios
+    assert two.work == 300 + 10 * 100
