@@ -371,6 +371,19 @@ def test_an_attack_of_ours_steals_through_it_what_it_would_in_process_and_a_seco
         connect(site.url, token, budget=5).query(IMAGES[:1])
 
 
+@pytest.mark.filterwarnings("ignore")  # the peer's own
+def test_the_adversarial_robustness_toolbox_steals_through_it_as_it_is(site: Site) -> None:
+    pytest.importorskip("art", reason="needs the optional dependencies [peers]")
+    from benchmarks.art_over_http import steal
+
+    token = site.open(budget=100)
+    found = steal(site.url, token, budget=60, epochs=1)
+    assert (found["charged"], found["remaining"]) == (60, 40)
+    with pytest.raises(requests.HTTPError, match="429"):
+        steal(site.url, token, budget=60, epochs=1)
+    assert site.spent(token) == 100 - 40
+
+
 def test_a_client_that_is_refused_says_so_in_one_line(site: Site) -> None:
     for url, token, word in (
         (site.url, "guess", "status 401"),
