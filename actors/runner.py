@@ -108,9 +108,12 @@ class RayRun:
         self._keeper: Any = KeeperActor.options(**pinned).remote(str(directory.path))
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
         directory.save_test(world.dataset.test)
-        self._collector: Any = CollectorActor.options(**layout.collector.options(), **pinned).remote(
-            str(directory.path), config, world.dataset.name
+        collector = CollectorActor.options(**layout.collector.options(), **pinned)
+        self._collectors: deque[Any] = deque(
+            collector.remote(str(directory.path), config, world.dataset.name) for _ in range(layout.collectors)
         )
+        # the owner's models all go to one, in their order: a victim is measured beside its benign model
+        self._collector = self._collectors[0]
         self._workers: list[Any] = []
         self._world, self._world_for_attackers = ray.put(world), ray.put(world.for_attackers())
         self._handle: Any = None
@@ -146,8 +149,10 @@ class RayRun:
                         self._finish(ref)
                 self._refresh()
         finally:
+            if self._asked:  # Ray tells the terminal of a call to an actor that is killed
+                ray.wait(self._asked, num_returns=len(self._asked), timeout=REFRESH)
             serve.delete(self._app, _blocking=False)
-            for actor in (*self._workers, self._collector, self._keeper, self._shelf, self._board, self._ledger):
+            for actor in (*self._workers, *self._collectors, self._keeper, self._shelf, self._board, self._ledger):
                 ray.kill(actor)  # the cluster and this process may go on
         self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
@@ -311,7 +316,8 @@ class RayRun:
             good = [of for of in keys if of.id not in self._lost]
             if good:
                 charged = self._ledger.spent.remote(list(scenario.accounts))
-                self._report(self._collector.add_stolen.remote(scenario, theft, charged, good))
+                self._collectors.rotate()
+                self._report(self._collectors[0].add_stolen.remote(scenario, theft, charged, good))
 
     def _fail(self, scenario: Scenario, why: str, queries: int, keys: Sequence[OwnerModel]) -> None:
         self._report(self._collector.add_failure.remote(scenario, why, queries, keys))

@@ -161,6 +161,7 @@ class Resources(Settings):
         attacker, trainer, victim, collector: share of each actor.
         trainers: how many victims are trained at once.
         replicas: of the prediction service.
+        collectors: how many processes measure stolen models, all on the driver's node, where they write the rows.
     """
 
     attackers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -170,6 +171,7 @@ class Resources(Settings):
     victim: float = Field(0.125, gt=0)
     replicas: int = Field(1, ge=1)
     collector: float = Field(0.125, ge=0)
+    collectors: int = Field(1, ge=1)
 
 
 class RunConfig(Settings):
