@@ -42,6 +42,7 @@ class Layout:
     attackers: int
     trainers: int
     replicas: int
+    collectors: int
     attacker: Placement
     trainer: Placement
     victim: Placement
@@ -200,9 +201,10 @@ def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | N
         _check_share(name, getattr(shares, name), kind, there)
     _check_share("collector", shares.collector, "CPU", there)
     others = [shares.trainer] * shares.trainers + [shares.victim] * shares.replicas
-    limits = {kind: (shares.attacker, others if gpu else [*others, shares.collector])}
+    collectors = [shares.collector] * shares.collectors
+    limits = {kind: (shares.attacker, others if gpu else others + collectors)}
     if gpu:
-        limits["CPU"] = (CPU_BESIDE_GPU, [CPU_BESIDE_GPU] * len(others) + [shares.collector])
+        limits["CPU"] = (CPU_BESIDE_GPU, [CPU_BESIDE_GPU] * len(others) + collectors)
     wanted = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
     least = 1 if shares.attackers == "auto" else wanted
     for resource, (each, rest) in limits.items():
@@ -217,6 +219,7 @@ def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | N
         attackers=min(wanted, max(1, scenarios)),
         trainers=shares.trainers,
         replicas=shares.replicas,
+        collectors=shares.collectors,
         attacker=Placement(gpu, shares.attacker),
         trainer=Placement(gpu, shares.trainer),
         victim=Placement(gpu, shares.victim),

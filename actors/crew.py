@@ -43,7 +43,7 @@ class Crew:
     keeper: Any
     ledger: Any = None
     shelf: Any = None
-    collector: Any = None
+    collectors: list[Any] = field(default_factory=list)
     log: Any = None
     service: Any = None
     workers: list[Any] = field(default_factory=list)
@@ -73,10 +73,15 @@ class Crew:
         crew.ledger = LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger)
         crew.shelf = ShelfActor.options(**pinned).remote(path)
         collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
-        crew.collector = collector.remote(path, config, world.dataset.name)
+        crew.collectors = [collector.remote(path, config, world.dataset.name) for _ in range(layout.collectors)]
         if config.query_log:
             crew.log = LogFilesActor.options(**pinned).remote(path)
         return crew
+
+    @property
+    def collector(self) -> Any:
+        """The collector that every model of the owner's goes to."""
+        return self.collectors[0]
 
     def serve(self, attacks: Mapping[str, str]) -> Any:
         """Starts the victims' service; returns its handle when it answers.
@@ -108,6 +113,6 @@ class Crew:
         """Ends the service and every actor: the cluster and this process may go on."""
         # the replicas write their query log to its end when they stop
         serve.delete(self.app, _blocking=self.log is not None)
-        others = (self.collector, self.keeper, self.shelf, self.board, self.ledger, self.log)
+        others = (*self.collectors, self.keeper, self.shelf, self.board, self.ledger, self.log)
         for actor in (*self.workers, *(actor for actor in others if actor is not None)):
             ray.kill(actor)

@@ -134,6 +134,8 @@ class RayRun:
         self._crew = Crew.start(config, world, directory, layout, trainers=layout.trainers)
         self._ledger, self._board, self._collector = self._crew.ledger, self._crew.board, self._crew.collector
         self._trainers: deque[Any] = deque(self._crew.workers)
+        # the owner's models all go to one, in their order: a victim is measured beside its benign model
+        self._collectors: deque[Any] = deque(self._crew.collectors)
         self._handle: Any = None
         self._attackers: deque[Any] = deque(self._new_attacker() for _ in range(layout.attackers))
         self._untrained = deque(plan.benigns)
@@ -163,6 +165,8 @@ class RayRun:
                 self._refresh()
         finally:
             deployment.wait()  # else it would go on with a Ray that is gone, and start another
+            if self._asked:  # Ray tells the terminal of a call to an actor that is killed
+                ray.wait(self._asked, num_returns=len(self._asked), timeout=REFRESH)
             self._crew.dismiss()
             if self._config.query_log:
                 ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
@@ -335,7 +339,8 @@ class RayRun:
             good = [of for of in keys if of.id not in self._lost]
             if good:
                 charged = self._ledger.spent.remote(list(scenario.accounts))
-                self._report(self._collector.add_stolen.remote(scenario, theft, charged, good))
+                self._collectors.rotate()
+                self._report(self._collectors[0].add_stolen.remote(scenario, theft, charged, good))
 
     def _fail(self, scenario: Scenario, why: str, queries: int, keys: Sequence[OwnerModel]) -> None:
         self._report(self._collector.add_failure.remote(scenario, why, queries, keys))

@@ -148,7 +148,7 @@ class Simulated(RayRun):
     def __init__(self, *arguments: Any) -> None:
         self._places: deque[Any] = deque()
         self._watch: Watch | None = None
-        self.began = 0.0
+        self.began = self.cpu_at_start = 0.0
         self.before: dict[int, tuple[str, float, float]] = {}
         super().__init__(*arguments)
 
@@ -163,6 +163,7 @@ class Simulated(RayRun):
             assert self._watch is not None
             self._watch.look()
             self.before, self.began = dict(self._watch.uses), time.perf_counter()
+            self.cpu_at_start = time.thread_time()
         super()._steal(attacker, scenario)
 
     def _new_trainer(self) -> Any:
@@ -188,14 +189,14 @@ class Use:
 
 @dataclass
 class Watch:
-    """Looks at this process and its descendants twice a second, until it is stopped."""
+    """Looks at this process and its descendants every two seconds, until it is stopped."""
 
     uses: dict[int, tuple[str, float, float]] = field(default_factory=dict)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def loop(self) -> None:
         """What the watching thread does."""
-        while not self.stopped.wait(0.5):
+        while not self.stopped.wait(2.0):
             self.look()
 
     def look(self) -> None:
@@ -251,7 +252,7 @@ def _kind(process: int, title: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one simulated run gave."""
+    """What one simulated run gave; ``runner`` is CPU seconds of the thread in which the runner's loop turns."""
 
     attackers: int
     victims: int
@@ -260,6 +261,7 @@ class Outcome:
     grants: int
     images: int
     rows: int
+    runner: float
     uses: dict[str, Use]
 
     def table(self) -> Table:
@@ -276,6 +278,9 @@ class Outcome:
             share = f"{use.cpu / self.seconds:.0%}"
             grant, row = f"{1e6 * use.cpu / self.grants:.0f}", f"{1e3 * use.cpu / self.rows:.1f}"
             table.add_row(kind, str(use.processes), f"{use.cpu:.1f}", share, grant, row, f"{use.memory:.0f}")
+        table.add_row(
+            "driver's own thread", "", f"{self.runner:.2f}", "", "", f"{1e3 * self.runner / self.rows:.2f}", ""
+        )
         return table
 
 
@@ -298,16 +303,17 @@ def simulate(
         directory = RunDirectory.create(config, Path(folder) / "run")
         count = len(plan.scenarios)
         share = Placement(False, SHARE)
-        layout = Layout(False, count, 1, 1, share, share, share, share)
+        layout = Layout(False, count, 1, 1, 1, share, share, share, share)
         with connected(None, directory.path / "logs", cpus=8):
             Simulated.think = think
             display = Display(Console(quiet=True), total=count, quiet=True)
             run = Simulated(config, plan, world, directory, display, layout)
             run.watched_by(watch)
             thread.start()
-            profiler = cProfile.Profile()
+            profiler = cProfile.Profile(time.thread_time)
             good = profiler.runcall(run.run) if profile else run.run()
             setup, seconds = run.began - start, time.perf_counter() - run.began
+            thread_seconds = time.thread_time() - run.cpu_at_start
             watch.stopped.set()
             thread.join()
         if profile:
@@ -323,7 +329,15 @@ def simulate(
     assert {row.scenario_id: row.queries for row in rows if row.role == "stolen"} == charged
     uses = watch.totals(run.before)
     return Outcome(
-        count, victims, setup, seconds, sum(map(len, grants.values())), sum(charged.values()), len(rows), uses
+        attackers=count,
+        victims=victims,
+        setup=setup,
+        seconds=seconds,
+        grants=sum(map(len, grants.values())),
+        images=sum(charged.values()),
+        rows=len(rows),
+        runner=thread_seconds,
+        uses=uses,
     )
 
 

@@ -215,8 +215,8 @@ def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: st
         f"to train: {len(made.benigns)} benign, {len(made.victims)} marked; "
         f"victim queries at most: {sum(scenario.budget for scenario in made.scenarios):,} images\n"
         f"actors: attackers {share.attackers} x {share.attacker:g}, trainers {share.trainers} x {share.trainer:g}, "
-        f"replicas {share.replicas} x {share.victim:g}, collector {share.collector:g} "
-        f"(of a GPU where there is one, else of a CPU; the collector always of a CPU)",
+        f"replicas {share.replicas} x {share.victim:g}, collectors {share.collectors} x {share.collector:g} "
+        f"(of a GPU where there is one, else of a CPU; collectors always of a CPU)",
         soft_wrap=True,
     )
     for line in costs:
@@ -251,7 +251,7 @@ def _estimate(config: Any, made: Any, data: Path | None, address: str | None) ->
         layout = lay_out(config, len(made.scenarios), there)
     except InputError as error:
         return [*lines, f"{where}: it does not fit: {error}"]
-    clock = found.wall(layout.attackers, layout.trainers, layout.replicas, cpus)
+    clock = found.wall(layout.attackers, layout.trainers, layout.replicas, layout.collectors, cpus)
     share = f"{layout.attacker.share:g} of a {'GPU' if layout.gpu else 'CPU'}"
     time = "" if layout.gpu else f", at least {span(clock)} of the clock"
     return [*lines, f"{where}: {layout.attackers} attackers at once, each {share}{time}"]

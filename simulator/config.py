@@ -164,6 +164,7 @@ class Resources(Settings):
         trainers: how many victims are trained at once.
         replicas: of the prediction service.
         precision: of the victims' answers; ``half`` computes in 16 bits on a GPU, and is ``full`` without one.
+        collectors: how many processes measure stolen models, all on the driver's node, where they write the rows.
     """
 
     attackers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -174,6 +175,7 @@ class Resources(Settings):
     replicas: int = Field(1, ge=1)
     collector: float = Field(0.125, ge=0)
     precision: Precision = "full"
+    collectors: int = Field(1, ge=1)
 
 
 class RunConfig(Settings):

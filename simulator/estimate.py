@@ -104,7 +104,7 @@ class Estimate:
         """On one thread, all together."""
         return sum(self.owners) + sum(self.thefts) + self.serving + self.measuring
 
-    def wall(self, attackers: int, trainers: int, replicas: int, threads: float) -> float:
+    def wall(self, attackers: int, trainers: int, replicas: int, collectors: int, threads: float) -> float:
         """Seconds of the clock with so many actors at once on so many threads, at best.
 
         Thefts are shared out evenly, and none is shorter than the longest of them; owners' models come first, and
@@ -115,7 +115,7 @@ class Estimate:
             found = list(parts)
             return max(sum(found) / workers, max(found, default=0.0))
 
-        thefts = max(shared(self.thefts, attackers), self.serving / replicas, self.measuring)
+        thefts = max(shared(self.thefts, attackers), self.serving / replicas, self.measuring / collectors)
         return max(shared(self.owners, trainers) + thefts, self.seconds / max(threads, 1))
 
     def lines(self) -> list[str]:

@@ -58,7 +58,7 @@ def start(
     plan, world = prepare(config)
     directory = RunDirectory(path) if path.exists() else RunDirectory.create(config, path)
     data = json.loads(config.to_json())
-    data["resources"] = {"attackers": attackers, "attacker": 0.25, "trainer": 0.25}
+    data["resources"] = {"attackers": attackers, "attacker": 0.25, "trainer": 0.25, "collectors": min(2, attackers)}
     layout = lay_out(check_config(data), attackers)
     display = Display(Console(quiet=True), total=0, quiet=True)
     return kind(config, plan, world, directory, display, layout), directory, plan

@@ -125,12 +125,12 @@ def test_the_sum_of_a_plan() -> None:
 
 def test_the_clock() -> None:
     found = Estimate((10.0, 20.0), (5.0, 5.0, 5.0, 9.0), 3.0, 1.0, {}, 0, 0, 0.0)
-    assert found.wall(attackers=1, trainers=1, replicas=1, threads=99) == 30 + 24
-    assert found.wall(attackers=2, trainers=2, replicas=1, threads=99) == 20 + 12
+    assert found.wall(attackers=1, trainers=1, replicas=1, collectors=1, threads=99) == 30 + 24
+    assert found.wall(attackers=2, trainers=2, replicas=1, collectors=1, threads=99) == 20 + 12
     # no theft is shared between attackers
-    assert found.wall(attackers=99, trainers=2, replicas=1, threads=99) == 20 + 9
+    assert found.wall(attackers=99, trainers=2, replicas=1, collectors=1, threads=99) == 20 + 9
     # and nothing is faster than all threads together
-    assert found.wall(attackers=99, trainers=2, replicas=1, threads=1) == found.seconds == 58
+    assert found.wall(attackers=99, trainers=2, replicas=1, collectors=1, threads=1) == found.seconds == 58
 
 
 def test_a_measured_speed_is_positive_and_training_is_dearer() -> None:
