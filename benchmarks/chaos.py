@@ -43,6 +43,7 @@ from simulator.results import Row, read_rows
 KINDS = {
     "ray::Attacker": "attacker",
     "ray::ServeReplica": "replica",
+    "ray::SERVE_REPLICA": "replica",  # the same, when it has not answered anything yet
     "ray::LedgerService": "ledger",
     "ray::Keeper": "keeper",
     "ray::CollectorService": "collector",
@@ -320,7 +321,9 @@ def main(argv: list[str] | None = None) -> int:
     least, limit = 60 * options.minutes, 60 * options.limit
     outcome = campaign(config, options.kills, tuple(options.pause), options.seed, least, limit)
     # every kind has to have been killed, or the report says less than it seems to
-    outcome.faults += [f"no {kind} was killed" for kind in (*KINDS.values(), "driver") if not outcome.kills[kind]]
+    outcome.faults += [
+        f"no {kind} was killed" for kind in (*dict.fromkeys(KINDS.values()), "driver") if not outcome.kills[kind]
+    ]
     report = "\n".join(outcome.lines())
     print(report)
     if options.report:

@@ -5,8 +5,8 @@
 Six tenths of the cases are queries to the plain service, four tenths configurations, and to these comes one twentieth
 of queries to the deployed service: a replica on Ray Serve with its ledger actor. Every case is judged:
 
-- a query is answered with the model's rows and charged, or refused by MalformedQuery or Refused in one short line at no
-  charge, as a model of the account book says (:mod:`benchmarks.fuzz_queries`);
+- a query is answered with the model's rows and charged, or refused by MalformedQuery, Unauthorised, KeyReused or
+  OverBudget in one short line at no charge, as a model of the account book says (:mod:`benchmarks.fuzz_queries`);
 - the deployed service's processes are the same afterwards, and healthy;
 - a configuration is valid or one line of InputError (:mod:`benchmarks.fuzz_configs`).
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from simulator.answers import answer_policy
 from simulator.errors import InputError
-from simulator.ledger import Ledger, Refused, Terms, digest_of, hash_token
+from simulator.ledger import KeyReused, Ledger, OverBudget, Terms, Unauthorised, digest_of, hash_token
 from simulator.models import Classifier, build
 from simulator.seeding import generator_for
 from simulator.service import MAX_BATCH, LocalTransport, MalformedQuery, Query, VictimService
@@ -233,18 +233,18 @@ class Book:
         if type(query.key) is not int or not 0 <= query.key < 2**63:
             return MalformedQuery
         if query.account not in ACCOUNTS:
-            return Refused
+            return Unauthorised
         if not case.good_images:
             return MalformedQuery
         if query.token != token_of(query.account):
-            return Refused
+            return Unauthorised
         images = np.array(query.images, order="C", subok=False)
         wanted = (len(images), digest_of(images.tobytes()))
         paid = self.paid[query.account]
         if query.key in paid:
-            return None if paid[query.key] == wanted else Refused
+            return None if paid[query.key] == wanted else KeyReused
         if self.spent(query.account) + len(images) > ACCOUNTS[query.account][1]:
-            return Refused
+            return OverBudget
         paid[query.key] = wanted
         return None
 

@@ -388,6 +388,23 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = Ledger(self.path)
         assert self.path.read_bytes() == before
 
+    @rule(asked=st.lists(st.tuples(ACCOUNTS, KEYS, COUNTS, DIGESTS), max_size=4), share=st.floats(0, 1))
+    def killed_amid_several(self, asked: list[tuple[str, int, int, str]], share: float) -> None:
+        """A kill while several grants were written at once. Nobody was told of any; those that are whole were paid for,
+        and whoever asks again under their keys gets them for that."""
+        before = self.path.stat().st_size
+        fresh = []
+        for account, key, count, digest in asked:
+            if not self.wrong(account, key, count, digest) and key not in self.paid[account]:
+                self.paid[account][key] = (count, digest)
+                fresh.append((account, key))
+        self.ledger.reserve_all([Request(account, account, *rest) for account, *rest in asked])
+        self.ledger.close()
+        os.truncate(self.path, before + int(share * (self.path.stat().st_size - before)))
+        for account, key in fresh[self.path.read_bytes()[before:].count(b"\n") :]:
+            del self.paid[account][key]
+        self.ledger = Ledger(self.path)
+
     @precondition(lambda self: self.path.stat().st_size)
     @rule(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
     def damage(self, place: float, bit: int) -> None:
