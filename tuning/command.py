@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def run_sweep(
     Raises:
         InputError: bad input, in one line.
     """
+    if (address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://"):
+        raise InputError(f"{address}: Tune runs on a node of its cluster; allowed here: HOST:PORT, auto")
     if earlier is not None:
         directory, config = resume(earlier)
         world, proposals = prepare_sweep(config, data)

@@ -12,7 +12,7 @@ from tuning.space import Axis
 
 #: trials below which nothing is said
 LEAST = 8
-TREES, REPEATS = 200, 30
+TREES, REPEATS = 100, 10
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,8 @@ class Workshop:
 
     def __init__(self, path: str, config: SweepConfig, crew: Crew) -> None:
         self._directory, self._config, self._crew = RunDirectory(Path(path)), config, crew
-        self._phases = Folder(Path(path) / "sweep" / "phases", ".json")
+        # what was measured of victims, half-trained or whole; the rows keep one benign WSR for all key filters
+        self._victims = Folder(Path(path) / "sweep" / "victims", ".json")
         self._rows: dict[Place, Row] = {}
         self._keep([row for row in self._directory.rows() if row.status == "ok"])
         self._works: dict[str, asyncio.Task[Any]] = {}
@@ -193,14 +195,11 @@ class Workshop:
         count = sum(step.startswith("attack") for step in steps)
         thefts = [self._theft(scenario, plan, works) for scenario in scenarios[:count]]
         rows = list(await asyncio.gather(*thefts)) if at_once else [await theft for theft in thefts]
-        params = victim.watermark.params_json()
-        marked, unmarked = self._rows["victim", victim.id, params], self._rows["benign", victim.benign.id, params]
+        data = self._victims.read(victim.id)
+        assert data is not None
         return Measured(
             seed=victim.seed,
-            benign_accuracy=_known(unmarked.accuracy),
-            accuracy=_known(marked.accuracy),
-            victim_wsr=_known(marked.wsr),
-            benign_wsr=_known(unmarked.wsr),
+            **json.loads(data),
             stolen=tuple(
                 Stolen(
                     attack=_attack(scenario),
@@ -224,21 +223,26 @@ class Workshop:
             works.add(name)
         return await asyncio.shield(task)  # who asked may go away; the work goes on
 
-    def _timed(self, name: str, label: str, scenario: Scenario | None = None) -> Callable[[], None]:
-        """Begins a span of waiting; the function that it gives tells that a worker has it now."""
-        self._spans.setdefault(name, [])
+    @contextmanager
+    def _timed(self, name: str, label: str, scenario: Scenario | None = None) -> Iterator[Callable[[], None]]:
+        """A span of waiting for a worker and of work; the function that it gives tells that a worker has it now."""
+        begun = time.monotonic()
 
         def begin() -> None:
             budget = scenario.budget if scenario else None
             self._running[name] = (label, budget, tuple(scenario.accounts) if scenario else ())
 
-        return begin
+        try:
+            yield begin
+        finally:
+            self._spans.setdefault(name, []).append((begun, time.monotonic()))
+            self._running.pop(name, None)
 
     async def _owner(self, spec: OwnerModel, plan: Plan, works: set[str]) -> list[Any]:
         """An owner's model, trained, on the shelf and measured: references to what a trainer returns."""
 
         async def work() -> list[Any]:
-            known = spec.watermark is None or ("victim", spec.id, spec.watermark.params_json()) in self._rows
+            known = spec.watermark is None or self._victims.read(spec.id) is not None
             if self._directory.has_owner(spec) and known:
                 return list(self._crew.collector.load_owner.options(num_returns=4).remote(spec))
             benign = (await self._owner(spec.benign, plan, works))[0] if spec.watermark else None
@@ -251,14 +255,19 @@ class Workshop:
         return list(await self._once(spec.id, works, work))
 
     async def _train(self, spec: OwnerModel, benign: Any) -> list[Any]:
-        begun, collector = time.monotonic(), self._crew.collector
-        begin = self._timed(spec.id, spec.label)
-        if self._directory.has_owner(spec):
-            refs = list(collector.load_owner.options(num_returns=4).remote(spec))
-        else:
-            refs = await self._trainers.do(lambda one: one.train.options(num_returns=4).remote(spec, benign), begin)
-        self._note(await collector.add_owner.remote(spec, refs[1]))
-        self._finish(spec.id, begun)
+        collector = self._crew.collector
+        with self._timed(spec.id, spec.label) as begin:
+            if self._directory.has_owner(spec):
+                refs = list(collector.load_owner.options(num_returns=4).remote(spec))
+            else:
+                refs = await self._trainers.do(lambda one: one.train.options(num_returns=4).remote(spec, benign), begin)
+            rows = await collector.add_owner.remote(spec, refs[1])
+        self._note(rows)
+        if rows:
+            unmarked, marked = rows
+            found = {"benign_accuracy": unmarked.accuracy, "benign_wsr": unmarked.wsr}
+            found |= {"accuracy": marked.accuracy, "victim_wsr": marked.wsr}
+            self._victims.write(spec.id, json.dumps(found).encode())
         return refs
 
     async def _phase(self, spec: OwnerModel, phase: str, plan: Plan, works: set[str]) -> dict[str, Any]:
@@ -266,14 +275,13 @@ class Workshop:
         name = f"{spec.id}.{phase.replace(' ', '-')}"
 
         async def work() -> dict[str, Any]:
-            data = self._phases.read(name)
+            data = self._victims.read(name)
             if data is None:
-                benign, begun = (await self._owner(spec.benign, plan, works))[0], time.monotonic()
-                begin = self._timed(name, f"{spec.label}, {phase}")
-                refs = await self._trainers.do(lambda one: [one.train_phase.remote(spec, benign, phase)], begin)
+                benign = (await self._owner(spec.benign, plan, works))[0]
+                with self._timed(name, f"{spec.label}, {phase}") as begin:
+                    refs = await self._trainers.do(lambda one: [one.train_phase.remote(spec, benign, phase)], begin)
                 data = json.dumps(asdict(await refs[0])).encode()
-                self._phases.write(name, data)
-                self._finish(name, begun)
+                self._victims.write(name, data)
             found: dict[str, Any] = json.loads(data)
             return found
 
@@ -295,10 +303,8 @@ class Workshop:
         return row
 
     async def _steal(self, scenario: Scenario, of: OwnerModel, triggers: Any) -> None:
-        begun, collector, ledger = time.monotonic(), self._crew.collector, self._crew.ledger
-        begin = self._timed(scenario.id, scenario.label, scenario)
+        collector, ledger, accounts = self._crew.collector, self._crew.ledger, list(scenario.accounts)
         tokens = self._directory.tokens(scenario)
-        await ledger.open.remote({account: scenario.terms(account, token) for account, token in tokens.items()})
         record = self._config.base.save_transfer_sets
 
         def run(attacker: Any) -> list[Any]:
@@ -306,16 +312,16 @@ class Workshop:
                 attacker.run.options(num_returns=2).remote(self._crew.service, scenario, tokens, triggers, record)
             )
 
-        accounts = list(scenario.accounts)
-        try:
-            refs = await self._attackers.do(run, begin)
-        except WorkFailed as error:
-            spent = ledger.spent.remote(accounts)
-            self._note(await collector.add_failure.remote(scenario, str(error), spent, [of]))
-            raise
-        rows = await collector.add_stolen.remote(scenario, refs[0], ledger.spent.remote(accounts), [of])
+        with self._timed(scenario.id, scenario.label, scenario) as begin:
+            await ledger.open.remote({account: scenario.terms(account, token) for account, token in tokens.items()})
+            try:
+                refs = await self._attackers.do(run, begin)
+            except WorkFailed as error:
+                spent = ledger.spent.remote(accounts)
+                self._note(await collector.add_failure.remote(scenario, str(error), spent, [of]))
+                raise
+            rows = await collector.add_stolen.remote(scenario, refs[0], ledger.spent.remote(accounts), [of])
         self._note(rows)
-        self._finish(scenario.id, begun)
         failed = [row.error for row in rows if row.status != "ok"]
         if failed:
             raise WorkFailed(str(failed[0]))
@@ -335,10 +341,6 @@ class Workshop:
 
     def _keep(self, rows: Sequence[Row]) -> None:
         self._rows |= {(row.role, row.scenario_id, row.watermark_params): row for row in rows}
-
-    def _finish(self, name: str, begun: float) -> None:
-        self._spans[name].append((begun, time.monotonic()))
-        self._running.pop(name, None)
 
 
 def _known(value: float | None) -> float:
