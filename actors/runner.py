@@ -39,6 +39,8 @@ from simulator.simulate import World
 ATTEMPTS = 3
 #: seconds between two looks at what has finished
 POLL = 0.1
+#: of so many jobs one has to end before they are looked at, where that takes less than POLL
+BATCH = 32
 #: seconds between two looks at the board and the ledger
 REFRESH = 0.5
 
@@ -84,7 +86,8 @@ class RayRun:
         self._config, self._plan, self._directory, self._display = config, plan, directory, display
         self._layout = layout
         self._jobs: dict[ObjectRef[Any], Job] = {}
-        self._open = directory.open_scenarios(plan)
+        # by id: to compare scenarios, settings and all, takes longer than to run through thousands of them
+        self._open = {scenario.id: scenario for scenario in directory.open_scenarios(plan)}
         self._owners: dict[str, Owner] = {}
         self._measurable: set[str] = set()
         self._lost: dict[str, str] = {}
@@ -125,7 +128,7 @@ class RayRun:
         """Opens every account before there is a ledger actor: a damaged log, or an account that an earlier run of this
         directory opened on other terms, is refused here, in one line."""
         ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
-        for scenario in self._open:
+        for scenario in self._open.values():
             for account, token in self._directory.tokens(scenario).items():
                 ledger.open(account, scenario.terms(account, token))
         ledger.close()
@@ -138,15 +141,15 @@ class RayRun:
         try:
             self._start_trainings()
             layout = self._layout
-            attacks = {name: each.stages[0].attack.name for each in self._open for name in each.accounts}
+            attacks = {name: each.stages[0].attack.name for each in self._open.values() for name in each.accounts}
             self._handle = deploy(self._app, self._ledger, self._shelf, layout.victim, layout.replicas, attacks)
             self._attackers.extend(self._new_attacker() for _ in range(layout.attackers))
             self._start_thefts()
             while self._jobs:
+                # one look costs time for every job: where they are many, it is worth waiting until some have ended
                 jobs = list(self._jobs)
-                if ray.wait(jobs, timeout=POLL)[0]:  # and all others that have ended meanwhile
-                    for ref in ray.wait(jobs, num_returns=len(jobs), timeout=0)[0]:
-                        self._finish(ref)
+                for ref in ray.wait(jobs, num_returns=1 + len(jobs) // BATCH, timeout=POLL)[0]:
+                    self._finish(ref)
                 self._refresh()
         finally:
             if self._asked:  # Ray tells the terminal of a call to an actor that is killed
@@ -250,8 +253,10 @@ class RayRun:
         for victim in gone:
             self._lost[victim.id] = why
             self._report(self._collector.add_owner_failure.remote(victim, why))
-        for scenario in [s for s in self._open if {s.victim.id, (s.triggers_of or s.victim).id} & self._lost.keys()]:
-            self._open.remove(scenario)
+        for scenario in [
+            s for s in self._open.values() if {s.victim.id, (s.triggers_of or s.victim).id} & self._lost.keys()
+        ]:
+            del self._open[scenario.id]
             self._fail(scenario, f"its victim could not be trained: {why}", 0, self._plan.keys_for(scenario))
         self._measure_thefts()
 
@@ -259,14 +264,14 @@ class RayRun:
 
     def _start_thefts(self) -> None:
         """Gives every idle attacker the first scenario whose victim is being served."""
-        for scenario in list(self._open):
+        for scenario in list(self._open.values()):
             if not self._attackers:
                 return
             of = scenario.triggers_of
             # measured is also: on disk, from where the service takes its models
             if scenario.victim.id not in self._measurable or (of is not None and of.id not in self._measurable):
                 continue
-            self._open.remove(scenario)
+            del self._open[scenario.id]
             self._steal(self._attackers.popleft(), scenario)
 
     def _steal(self, attacker: Any, scenario: Scenario) -> None:
