@@ -37,6 +37,8 @@ from simulator.simulate import World
 ATTEMPTS = 3
 #: seconds between two looks at what has finished
 POLL = 0.1
+#: of so many jobs one has to end before they are looked at, where that takes less than POLL
+BATCH = 32
 #: seconds to wait for a service that is starting when the run ends
 START_PATIENCE = 60.0
 #: seconds between two looks at the board and the ledger
@@ -114,7 +116,9 @@ class RayRun:
         self._config, self._plan, self._directory, self._display = config, plan, directory, display
         self._layout = layout
         self._jobs: dict[ObjectRef[Any], Job] = {}
-        self._open = directory.open_scenarios(plan)
+        # by id: to compare scenarios, settings and all, takes longer than to run through thousands of them
+        longest_first = sorted(directory.open_scenarios(plan), key=lambda scenario: -scenario.work)
+        self._open = {scenario.id: scenario for scenario in longest_first}
         self._owners: dict[str, Owner] = {}
         self._measurable: set[str] = set()
         self._lost: dict[str, str] = {}
@@ -144,7 +148,7 @@ class RayRun:
         """Opens every account before there is a ledger actor: a damaged log, or an account that an earlier run of this
         directory opened on other terms, is refused here, in one line."""
         ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
-        for scenario in self._open:
+        for scenario in self._open.values():
             for account, token in self._directory.tokens(scenario).items():
                 ledger.open(account, scenario.terms(account, token))
         ledger.close()
@@ -186,10 +190,10 @@ class RayRun:
         if not self._jobs:
             time.sleep(POLL)
             return
+        # one look costs time for every job: where they are many, it is worth waiting until some have ended
         jobs = list(self._jobs)
-        if ray.wait(jobs, timeout=POLL)[0]:  # and all others that have ended meanwhile
-            for ref in ray.wait(jobs, num_returns=len(jobs), timeout=0)[0]:
-                self._finish(ref)
+        for ref in ray.wait(jobs, num_returns=1 + len(jobs) // BATCH, timeout=POLL)[0]:
+            self._finish(ref)
 
     def _finish(self, ref: ObjectRef[Any]) -> None:
         job = self._jobs.pop(ref)
@@ -272,8 +276,10 @@ class RayRun:
         for victim in gone:
             self._lost[victim.id] = why
             self._report(self._collector.add_owner_failure.remote(victim, why))
-        for scenario in [s for s in self._open if {s.victim.id, (s.triggers_of or s.victim).id} & self._lost.keys()]:
-            self._open.remove(scenario)
+        for scenario in [
+            s for s in self._open.values() if {s.victim.id, (s.triggers_of or s.victim).id} & self._lost.keys()
+        ]:
+            del self._open[scenario.id]
             self._fail(scenario, f"its victim could not be trained: {why}", 0, self._plan.keys_for(scenario))
         self._measure_thefts()
 
@@ -281,14 +287,14 @@ class RayRun:
 
     def _start_thefts(self) -> None:
         """Gives every idle attacker the longest scenario whose victim can be served."""
-        for scenario in sorted(self._open, key=lambda each: -each.work):
+        for scenario in list(self._open.values()):
             if not self._attackers or self._handle is None:
                 return
             of = scenario.triggers_of
             # measured is also: on disk, from where the service takes its models
             if scenario.victim.id not in self._measurable or (of is not None and of.id not in self._measurable):
                 continue
-            self._open.remove(scenario)
+            del self._open[scenario.id]
             self._steal(self._attackers.popleft(), scenario)
 
     def _steal(self, attacker: Any, scenario: Scenario) -> None:
