@@ -60,13 +60,14 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
         InputError: no cluster answers at the address.
     """
     with _logged_to(logs / "driver.log"):
+        if address:
+            _reach(address)
         if ray.is_initialized():
             yield
             return
-        address = address or os.environ.get("RAY_ADDRESS")
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address:
+        if not address and (address := os.environ.get("RAY_ADDRESS")):
             _reach(address)
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address:
                 ray.init(address=address, **quiet)

@@ -7,8 +7,10 @@ those of :mod:`simulator.http_oracle`; every error is one :class:`~simulator.htt
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -24,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from actors.devices import Placement
 from actors.http_body import PredictRequest, Refusal, body_of, images_from_json, images_from_npy
-from actors.victim import Victim
+from actors.victim import MAX_PER_ACCOUNT, Victim
 from simulator import __version__
 from simulator.errors import InputError
 from simulator.http_oracle import NPY, AccountInfo, ModelInfo, Prediction, Problem
@@ -48,6 +50,8 @@ class Door:
     def __init__(self, victim: Victim, ledger: Any, model: ModelInfo, accounts: Mapping[str, str]) -> None:
         self.model = model
         self._victim, self._ledger, self._accounts = victim, ledger, dict(accounts)
+        # as many queries of an account as the victim takes at once; the others wait here
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_PER_ACCOUNT))
 
     def account_of(self, token: str | None) -> str:
         """The account that a token opens. Only hashes are compared, so the time it takes tells nothing of a token."""
@@ -66,8 +70,9 @@ class Door:
     async def predict(self, token: str, images: NDArray[np.generic], key: str | None) -> Prediction:
         """The answer to a query, charged unless its key has paid for these images already."""
         number = ledger_key(key)
-        query = Query(self.account_of(token), token, number, images)
-        [(answer, grant)] = await self._victim.answer_with_grants([query])
+        account = self.account_of(token)
+        async with self._turns[account]:
+            [(answer, grant)] = await self._victim.answer_with_grants([Query(account, token, number, images)])
         if isinstance(answer, InputError):
             raise await self._refusal(answer, token, len(images))
         assert grant is not None

@@ -174,7 +174,7 @@ def test_kills_and_failures_leave_every_row_and_every_account_as_it_should_be(
     assert isinstance(run, Killing)
     assert not run.run()
     assert set(run.killed) == {"trainer", "attacker"}
-    assert run.started == {"trainer": 2, "attacker": 4}
+    assert run.started == {"trainer": 1, "attacker": 4}, "the first trainer is the crew's own"
     assert rows(directory) == rows(local)
     assert weights(directory.path) == weights(local.path)
     check_accounts(directory, plan)
