@@ -353,7 +353,8 @@ def test_an_attack_of_ours_steals_through_it_what_it_would_in_process_and_a_seco
     def steal(oracle: ServiceOracle) -> torch.Tensor:
         assert (oracle.labels, oracle.classes, oracle.shape, oracle.remaining) == ("soft", 10, (1, 8, 8), 400)
         surrogate = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("thief"))
-        stolen = attack.extract(oracle, surrogate, Pool("pool", IMAGES, torch.zeros(len(IMAGES), dtype=torch.int64)), generator=generator_for("theft"))
+        pool = Pool("pool", IMAGES, torch.zeros(len(IMAGES), dtype=torch.int64))
+        stolen = attack.extract(oracle, surrogate, pool, generator=generator_for("theft"))
         return predict(stolen, IMAGES)
 
     over_http = steal(connect(site.url, token, session="one"))
