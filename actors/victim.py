@@ -120,7 +120,7 @@ class Victim:
         self._tell(queries, answers, time.perf_counter() - started - sum(seconds for _, seconds in replied))
         if self._log is not None:
             for query, request, reply in zip(queries, checked, replies, strict=True):
-                if well_formed(query):
+                if type(query) is Query:
                     self._log.note(query, request.digest if isinstance(request, Request) else None, reply, started)
         granted = [None if isinstance(reply, InputError) else reply for reply in replies]
         return list(zip(answers, granted, strict=True))

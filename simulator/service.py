@@ -173,14 +173,14 @@ class LocalTransport:
             MalformedQuery: something is wrong with the query.
             Refused: the ledger does not pay for it.
         """
-        check_form(query)
         started, digest = time.perf_counter(), None
         try:
+            check_form(query)
             terms = self._ledger.terms(query.account)
             digest = self._service.check(terms.victim, query)
             grant = self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
         except InputError as refusal:
-            if self._log is not None:
+            if self._log is not None and type(query) is Query:
                 self._log.note(query, digest, refusal, started)
             raise
         answer = self._service.answer(terms.victim, terms.labels, query)

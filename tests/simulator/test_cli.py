@@ -62,10 +62,13 @@ def test_a_run_leaves_what_is_promised(tiny_run: Path) -> None:
 def test_the_resolved_configuration_of_a_run_is_input_again(
     tiny_run: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(tiny_run / "config.yaml")]) == 0
-    again = capsys.readouterr().out
-    assert main(["plan", str(tiny_config)]) == 0
-    assert capsys.readouterr().out == again
+    def planned(config: Path) -> str:
+        assert main(["plan", str(config)]) == 0
+        scenarios, title, _estimate_of_the_clock = capsys.readouterr().out.partition("estimate")
+        assert title
+        return scenarios
+
+    assert planned(tiny_run / "config.yaml") == planned(tiny_config)
 
 
 def test_a_plan_shows_every_scenario_and_runs_nothing(
