@@ -23,6 +23,7 @@ from simulator.training import use_one_thread
 BENCHMARKS: dict[str, Callable[[], Outcome]] = {
     "coupling": coupling.run,
     "query_path": query_path.run,
+    "small_batches": query_path.small_batches,
     "grid": grid.run,
     "ledger": accounts.ledger,
     "crowd": accounts.crowd,

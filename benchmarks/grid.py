@@ -92,7 +92,7 @@ def run(
 
     Args:
         rounds: how often.
-        seconds: that a cell is measured for in a round.
+        seconds: that a cell is measured for in a round, and at least three times what its attackers' batches take.
         limit_batches: that the in-process limit answers between two cells.
         attackers, batches: of the cells.
     """
@@ -115,10 +115,11 @@ def run(
                 before = limit.rate(limit_batches)
                 for (many, batch), cell in cells.items():
                     spent = cpu_seconds([replica])[0]
-                    answered = _ask(actors, many, batch, seconds)
+                    lasting = max(seconds, 3 * many * batch / before.clock)
+                    answered = _ask(actors, many, batch, lasting)
                     spent = cpu_seconds([replica])[0] - spent
                     after = limit.rate(limit_batches)
-                    _note(cell, batch, answered, seconds, spent, before, after)
+                    _note(cell, batch, answered, lasting, spent, before, after)
                     limits.append(after)
                     before = after
             asked: dict[str, int] = {}

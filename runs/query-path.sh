@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 commit=$(git rev-parse --short=12 HEAD)$(git diff --quiet HEAD || echo " with changes")
 {
   printf '# Query path\n\n`runs/query-path.sh`, commit %s\n\n```\n' "$commit"
-  OMP_NUM_THREADS=1 COLUMNS=120 .venv/bin/python -m benchmarks query_path grid ledger crowd memory
+  OMP_NUM_THREADS=1 COLUMNS=120 .venv/bin/python -m benchmarks query_path small_batches grid ledger crowd memory
   printf '```\n'
 } >results/query-path.md.new
 mv results/query-path.md.new results/query-path.md
