@@ -7,6 +7,7 @@ computes. These classes hand over between them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -93,12 +94,13 @@ class Worker:
             work, loop, future = self._queue.get()
             if future.cancelled():  # its client has gone
                 continue
+            settle: Callable[[asyncio.Future[Any], Any], None] = _settle
             try:
                 value = work()
             except BaseException as error:  # it is the asker's to handle
-                loop.call_soon_threadsafe(_fail, future, error)
-            else:
-                loop.call_soon_threadsafe(_settle, future, value)
+                settle, value = _fail, error
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+                loop.call_soon_threadsafe(settle, future, value)
             del work, future  # not the last query's images until the next one comes
 
 
