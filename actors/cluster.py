@@ -118,19 +118,30 @@ def _session_logs() -> Path | None:
 
 @contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
-    """Sends the lines of Ray's loggers to a file inside the block, and none to the terminal."""
+    """Sends the lines of Ray's loggers, and what the raylet complains of, to a file inside the block, and none to the
+    terminal."""
     handler = logging.FileHandler(file, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("ray", "ray.serve")]
     before = [(logger, list(logger.handlers), logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
+    shown = ray._private.worker.print_to_stdstream
+    ray._private.worker.print_to_stdstream = _logged
     try:
         yield
     finally:
+        ray._private.worker.print_to_stdstream = shown
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
         handler.close()
+
+
+def _logged(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    """In place of Ray's function that prints the raylet's errors, such as that many processes have been started, to
+    standard output. Ray has no setting for them: ``log_to_driver`` is for the workers' lines alone."""
+    for line in data["lines"]:
+        logging.getLogger("ray").error("%s: %s", data.get("pid", "raylet"), line)
 
 
 def _keep_logs(session: Path, target: Path) -> None:

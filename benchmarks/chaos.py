@@ -154,15 +154,15 @@ def _disturb(
     """One run, killed at and resumed until it is done; false where it does not end without kills either."""
     mark, file = f"{os.getpid()}-{time.time_ns()}", out.with_suffix(".yaml")
     file.write_text(config.to_yaml())
-    driver, calm = _start(["run", str(file), "--out", str(out)], mark), None
+    driver, calm = start(["run", str(file), "--out", str(out)], mark), None
     try:
         while (status := driver.poll()) != 0:
             if status is not None:
-                _sweep(mark)
+                end_all(mark)
                 outcome.resumes += 1
                 resumable = (out / "config.yaml").exists()
                 arguments = ["run", "--resume", str(out)] if resumable else ["run", str(file), "--out", str(out)]
-                driver = _start(arguments, mark)
+                driver = start(arguments, mark)
             if enough():
                 calm = calm or time.monotonic()
                 if time.monotonic() - calm > PATIENCE:
@@ -175,11 +175,12 @@ def _disturb(
     finally:
         driver.kill()
         driver.wait()
-        _sweep(mark)
+        end_all(mark)
     return True
 
 
-def _start(arguments: list[str], mark: str) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], mark: str) -> subprocess.Popen[bytes]:
+    """``exsim`` with some arguments; all its processes inherit the mark."""
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "simulator", *arguments],
@@ -190,7 +191,7 @@ def _start(arguments: list[str], mark: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _marked(mark: str) -> dict[int, str]:
+def marked(mark: str) -> dict[int, str]:
     """The processes of a run and their titles."""
     wanted = f"{MARK}={mark}".encode()
     found = {}
@@ -207,7 +208,7 @@ def _marked(mark: str) -> dict[int, str]:
 def _kill_one(mark: str, driver: subprocess.Popen[bytes], dice: random.Random, outcome: Outcome) -> None:
     """Kills a process of the kind that was killed least among those that are alive."""
     alive: dict[str, list[int]] = {}
-    for pid, title in _marked(mark).items():
+    for pid, title in marked(mark).items():
         kind = next((name for prefix, name in KINDS.items() if title.startswith(prefix)), None)
         if kind:
             alive.setdefault(kind, []).append(pid)
@@ -225,10 +226,10 @@ def _kill_one(mark: str, driver: subprocess.Popen[bytes], dice: random.Random, o
     outcome.kills[kind] += 1
 
 
-def _sweep(mark: str, patience: float = 20.0) -> None:
+def end_all(mark: str, patience: float = 20.0) -> None:
     """Waits until the processes of a dead driver are gone, and ends those that stay, as ``ray stop`` would."""
     deadline = time.monotonic() + patience
-    while (left := _marked(mark)) and time.monotonic() < deadline:
+    while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
     for pid in left:
         with_pid = Path(f"/proc/{pid}")

@@ -167,6 +167,21 @@ def test_a_connection_that_exists_is_used_and_left_alone(ray_session: None, tmp_
     assert ray.is_initialized()
 
 
+@pytest.mark.ray
+def test_what_the_raylet_complains_of_goes_to_the_log(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "WARNING: 9 PYTHON worker processes have been started on node: xyz"
+    message = {"lines": [line], "pid": "raylet", "is_err": False}
+    with connected(None, tmp_path):
+        # looked up where Ray's own thread does
+        ray._private.worker.print_to_stdstream(message, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
+    assert line in (tmp_path / "driver.log").read_text()
+    ray._private.worker.print_to_stdstream(message, ignore_prefix=False)
+    assert line in capsys.readouterr().out
+
+
 ON_A_LOGICAL_GPU = """
 import os, sys
 from pathlib import Path
