@@ -27,7 +27,8 @@ class Board:
 
     async def read(self) -> dict[str, Notice]:
         """Every task's last notice."""
-        return self._notices
+        # a copy: Ray writes the reply in a thread of its own, while the next notices come
+        return dict(self._notices)
 
 
 BoardActor = ray.remote(num_cpus=0, max_restarts=-1)(Board)

@@ -54,8 +54,10 @@ MAX_QUEUED = 256
 WINDOW = 2
 #: queries in one message at most
 PACK = 4
-#: seconds a client goes on asking for a lost answer
-PATIENCE = 120.0
+#: seconds a client waits for an answer before it asks again
+WAIT = 120.0
+#: seconds a client goes on asking for a lost answer: after the loss of a node the service may have to wait for another
+PATIENCE = 900.0
 #: how often a message is sent at least before it is given up
 LEAST_TRIES = 3
 
@@ -297,7 +299,7 @@ class ServeTransport:
             asked += 1
             enough = asked >= LEAST_TRIES and time.monotonic() > deadline
             try:
-                answers: list[Answer] = response.result(timeout_s=self._patience)
+                answers: list[Answer] = response.result(timeout_s=min(WAIT, self._patience))
                 if not isinstance(answers[0], Busy) or enough:
                     return answers
             except RayTaskError as error:
