@@ -65,7 +65,7 @@ class Crew:
             config.resources.precision,
             f"exsim-{directory.path.name}-{time.time_ns()}",
             worlds=(ray.put(world), ray.put(world.for_attackers())),
-            board=BoardActor.remote(),
+            board=BoardActor.options(**pinned).remote(),
             keeper=KeeperActor.options(**pinned).remote(path),
         )
         for _ in range(trainers):
@@ -94,6 +94,12 @@ class Crew:
             self.app, self.ledger, self.shelf, layout.victim, layout.replicas, precision, attacks, self.log
         )
         return self.service
+
+    def replicas_running(self) -> int:
+        """Replicas of the service that answer, as Serve sees it."""
+        app = serve.status().applications.get(self.app)
+        states: list[Any] = [each.replica_states for each in app.deployments.values()] if app else []
+        return sum(each.get("RUNNING", 0) for each in states)
 
     def new_trainer(self) -> Any:
         """Starts another trainer."""

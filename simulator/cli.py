@@ -245,7 +245,8 @@ def _estimate(config: Any, made: Any, data: Path | None, address: str | None) ->
     speeds = {name: calibrate(name, images, config.training.batch_size) for name in architectures(made)}
     found = estimate(config, made, images, speeds)
     cpus, gpus = (sum(node.get(kind, 0) for node in there) for kind in ("CPU", "GPU"))
-    where = f"{address or 'this machine'} ({len(there)} nodes, {cpus:g} CPUs, {gpus:g} GPUs)"
+    count = f"{len(there)} node" if len(there) == 1 else f"{len(there)} nodes"
+    where = f"{address or 'this machine'} ({count}, {cpus:g} CPUs, {gpus:g} GPUs)"
     lines = found.lines()
     try:
         layout = lay_out(config, len(made.scenarios), there)
