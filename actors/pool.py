@@ -15,7 +15,6 @@ from ray import ObjectRef
 from ray.exceptions import RayError
 
 from actors.jobs import ATTEMPTS
-from simulator.errors import one_line
 
 
 class Pool:
@@ -67,7 +66,8 @@ class Pool:
                 ray.get(ref)
             except RayError as error:
                 if not known:
-                    self._failures, self._why = self._failures + 1, one_line(error)[:200]
+                    # what was raised stands at the end, below a traceback
+                    self._failures, self._why = self._failures + 1, str(error).strip().splitlines()[-1][:200]
                 continue
             self._failures, came = 0, True
             self._idle.append(worker)

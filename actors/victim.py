@@ -52,8 +52,10 @@ MAX_QUEUED = 256
 WINDOW = 2
 #: queries in one message at most
 PACK = 4
-#: seconds a client goes on asking for a lost answer
-PATIENCE = 120.0
+#: seconds a client waits for an answer before it asks again
+WAIT = 120.0
+#: seconds a client goes on asking for a lost answer: after the loss of a node the service may have to wait for another
+PATIENCE = 900.0
 
 #: the reply to one query: probability rows ``(B, K)``, or why it was refused
 Answer = NDArray[np.float32] | InputError
@@ -270,7 +272,7 @@ class ServeTransport:
         deadline, pause = time.monotonic() + self._patience, 0.05
         while True:
             try:
-                answers: list[Answer] = response.result(timeout_s=self._patience)
+                answers: list[Answer] = response.result(timeout_s=min(WAIT, self._patience))
                 if not isinstance(answers[0], Busy) or time.monotonic() > deadline:
                     return answers
             except RayTaskError as error:
