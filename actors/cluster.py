@@ -73,7 +73,8 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
                 ray.init(address=address, **quiet)
             else:
                 quiet["include_dashboard"] = False
-                ray.init(num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
+                # "local": with no address at all Ray would join a cluster that somebody has started on this machine
+                ray.init("local", num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
         except Exception as error:  # of a node that took too long to start, Ray raises no narrower one
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
@@ -117,19 +118,30 @@ def _session_logs() -> Path | None:
 
 @contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
-    """Sends the lines of Ray's loggers to a file inside the block, and none to the terminal."""
+    """Sends the lines of Ray's loggers, and what the raylet complains of, to a file inside the block, and none to the
+    terminal."""
     handler = logging.FileHandler(file, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("ray", "ray.serve")]
     before = [(logger, list(logger.handlers), logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
+    shown = ray._private.worker.print_to_stdstream
+    ray._private.worker.print_to_stdstream = _logged
     try:
         yield
     finally:
+        ray._private.worker.print_to_stdstream = shown
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
         handler.close()
+
+
+def _logged(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    """In place of Ray's function that prints the raylet's errors, such as that many processes have been started, to
+    standard output. Ray has no setting for them: ``log_to_driver`` is for the workers' lines alone."""
+    for line in data["lines"]:
+        logging.getLogger("ray").error("%s: %s", data.get("pid", "raylet"), line)
 
 
 def _keep_logs(session: Path, target: Path) -> None:
@@ -207,6 +219,10 @@ def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | N
     if gpu:
         limits["CPU"] = (CPU_BESIDE_GPU, [CPU_BESIDE_GPU] * len(others) + collectors)
     wanted = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
+    if (
+        shares.attackers == "auto" and not gpu
+    ):  # each computes with one thread, so more than cores would only take turns
+        wanted = min(wanted, max(1, int(sum(node.get("CPU", 0) for node in there))))
     least = 1 if shares.attackers == "auto" else wanted
     for resource, (each, rest) in limits.items():
         fit = _how_many(each, rest, resource, there, wanted)

@@ -24,6 +24,9 @@ from simulator.rundir import RunDirectory
 from simulator.service import Precision
 from simulator.simulate import World
 
+#: seconds that a first trainer may take to start before the others are started, too
+HEAD_START = 30.0
+
 
 @dataclass
 class Crew:
@@ -55,7 +58,7 @@ class Crew:
         """Starts all but the service and the attackers; what reads or writes the directory, on this node.
 
         Args:
-            trainers: how many are started, before everything that they do not need.
+            trainers: how many are started; one of them stands before everything that it does not need is started.
         """
         path, pinned = str(directory.path), {"scheduling_strategy": here()}
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
@@ -70,6 +73,10 @@ class Crew:
         )
         for _ in range(trainers):
             crew.new_trainer()
+        if trainers:
+            # A process with torch in it takes two seconds of a core to start. Nobody has work before a benign model is
+            # trained, so the others start while its training leaves cores idle, and not while the trainer starts.
+            ray.wait([crew.workers[0].__ray_ready__.remote()], timeout=HEAD_START)
         crew.ledger = LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger)
         crew.shelf = ShelfActor.options(**pinned).remote(path)
         collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)

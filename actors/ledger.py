@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import ray
 
 from simulator.ledger import Grant, Ledger, Refused, Request, Terms
+
+#: no accounts' attacks
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class LedgerService:
@@ -20,9 +24,15 @@ class LedgerService:
 
     def __init__(self, path: str, sync: bool) -> None:
         self._ledger = Ledger(Path(path), sync=sync)
+        self._attacks: dict[str, str] = {}
 
-    async def open(self, accounts: Mapping[str, Terms]) -> int:
-        """Opens several accounts (see :meth:`Ledger.open`); returns their remaining budget together."""
+    async def open(self, accounts: Mapping[str, Terms], attacks: Mapping[str, str] = NOTHING) -> int:
+        """Opens several accounts (see :meth:`Ledger.open`); returns their remaining budget together.
+
+        Args:
+            attacks: the attack's name of each, for a service that was started before they were known.
+        """
+        self._attacks |= attacks
         return sum(self._ledger.open(account, terms) for account, terms in accounts.items())
 
     async def reserve(self, account: str, token: str, key: int, count: int, digest: str) -> Grant:
@@ -36,6 +46,11 @@ class LedgerService:
     async def terms(self, account: str) -> Terms:
         """See :meth:`Ledger.terms`."""
         return self._ledger.terms(account)
+
+    async def attack(self, account: str) -> str | None:
+        """The attack's name that an account was opened with, or None: it is no part of the log, and a ledger that is
+        started again has forgotten it."""
+        return self._attacks.get(account)
 
     async def spent(self, accounts: Sequence[str]) -> int:
         """Images charged to several accounts together."""

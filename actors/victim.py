@@ -46,6 +46,8 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 MAX_ONGOING = 256
 #: messages of one account that a replica holds at once
 MAX_PER_ACCOUNT = 4
+#: bytes of victims' weights that a replica keeps; beyond, those that nobody has asked for longest go back to the shelf
+ROOM = 1 << 30
 #: messages that wait at one client, at most
 MAX_QUEUED = 256
 #: messages that one client has under way
@@ -56,6 +58,8 @@ PACK = 4
 WAIT = 120.0
 #: seconds a client goes on asking for a lost answer: after the loss of a node the service may have to wait for another
 PATIENCE = 900.0
+#: how often a message is sent at least before it is given up
+LEAST_TRIES = 3
 
 #: the reply to one query: probability rows ``(B, K)``, or why it was refused
 Answer = NDArray[np.float32] | InputError
@@ -78,9 +82,10 @@ class Victim:
         log: ActorHandle[Any] | None = None,
     ) -> None:
         self._ledger, self._shelf = ledger, shelf
-        self._metrics = VictimMetrics(attacks)
-        self._log = QueryLog(lambda name, data: ray.get(log.write.remote(name, data)), attacks) if log else None
-        self._service = VictimService(settle(placement), precision)
+        self._attacks = dict(attacks)  # of a sweep, whose accounts come as its trials do, there are none yet
+        self._metrics = VictimMetrics(self._attacks)
+        self._log = QueryLog(lambda name, data: ray.get(log.write.remote(name, data)), self._attacks) if log else None
+        self._service = VictimService(settle(placement), precision, room=ROOM)
         self._terms: dict[str, Terms] = {}
         self._worker = Worker(lambda: torch.set_num_threads(1))
         self._teller = Teller(lambda requests: ledger.reserve_all.remote(list(requests)), self._worker.low)
@@ -132,10 +137,12 @@ class Victim:
         if isinstance(granted, InputError):
             return granted, 0.0
         terms = self._terms[query.account]
+        await self._load(terms.victim)  # others may have taken its place while the ledger was asked
+        answer = self._service.answering(terms.victim, terms.labels, query)
 
         def work() -> tuple[Answer, float]:
             clock = time.perf_counter()
-            return self._service.answer(terms.victim, terms.labels, query), time.perf_counter() - clock
+            return answer(), time.perf_counter() - clock
 
         return await self._worker.run(query.account, granted.count, work)
 
@@ -169,20 +176,35 @@ class Victim:
             check_form(query)
         except MalformedQuery as malformed:
             return malformed
-        terms = self._terms.get(query.account)
-        if terms is None:
-            try:
-                terms = self._terms[query.account] = await self._ledger.terms.remote(query.account)
-            except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
-                cause = refusal.cause if isinstance(refusal, RayTaskError) else refusal
-                return cause if isinstance(cause, InputError) else refusal
-        if terms.victim not in self._service:
-            self._service.add(terms.victim, from_bytes(await self._shelf.get.remote(terms.victim)))
+        try:
+            terms = await self._know(query.account)
+        except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
+            cause = refusal.cause if isinstance(refusal, RayTaskError) else refusal
+            return cause if isinstance(cause, InputError) else refusal
+        await self._load(terms.victim)
         try:
             digest = self._service.check(terms.victim, query)
         except MalformedQuery as malformed:
             return malformed
         return Request(query.account, query.token, query.key, len(query.images), digest)
+
+    async def _load(self, victim: str) -> None:
+        """Takes a victim from the shelf, if it is not here. Nothing is awaited once it is."""
+        if victim not in self._service:
+            self._service.add(victim, from_bytes(await self._shelf.get.remote(victim)))
+
+    async def _know(self, account: str) -> Terms:
+        """An account's terms, from the ledger, which also knows its attack where the service was not told.
+
+        Raises:
+            InputError: there is no such account.
+        """
+        if account not in self._terms:
+            terms: Terms = await self._ledger.terms.remote(account)
+            if account not in self._attacks and (attack := await self._ledger.attack.remote(account)) is not None:
+                self._attacks[account] = attack
+            self._terms[account] = terms
+        return self._terms[account]
 
 
 def deploy(
@@ -269,11 +291,16 @@ class ServeTransport:
         return message
 
     def _result(self, message: list[Query], response: Any) -> list[Answer]:
+        # Not the clock alone decides: a machine that was suspended, or starved, has asked once and waited for nothing.
+        # To ask again is free, for the key is the same.
         deadline, pause = time.monotonic() + self._patience, 0.05
+        asked = 0
         while True:
+            asked += 1
+            enough = asked >= LEAST_TRIES and time.monotonic() > deadline
             try:
                 answers: list[Answer] = response.result(timeout_s=min(WAIT, self._patience))
-                if not isinstance(answers[0], Busy) or time.monotonic() > deadline:
+                if not isinstance(answers[0], Busy) or enough:
                     return answers
             except RayTaskError as error:
                 # the ledger knows no such account: wrapped once for each actor that this passed
@@ -284,7 +311,7 @@ class ServeTransport:
                     raise cause from None
                 raise
             except (RayActorError, RayServeException, TimeoutError):
-                if time.monotonic() > deadline:
+                if enough:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, 2.0)

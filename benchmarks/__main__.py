@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from benchmarks import accounts, coupling, data_free, grid, memory, query_path, schemes
+from benchmarks import accounts, coupling, data_free, grid, memory, query_path, schemes, sweep_overhead
 from benchmarks.measure import Outcome, machine
 from simulator.component import one_of
 from simulator.training import use_one_thread
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[], Outcome]] = {
     "memory": memory.run,
     "data_free": data_free.run,
     "schemes": schemes.run,
+    "sweep": sweep_overhead.run,
 }
 
 

@@ -160,15 +160,15 @@ def _disturb(
     mark, file = f"{os.getpid()}-{time.time_ns()}", out.with_suffix(".yaml")
     file.write_text(config.to_yaml())
     log = out.with_suffix(".log")
-    driver, calm = _start(["run", str(file), "--out", str(out)], mark, log), None
+    driver, calm = start(["run", str(file), "--out", str(out)], mark, log), None
     try:
         while (status := driver.poll()) != 0:
             if status is not None:
-                _sweep(mark)
+                end_all(mark)
                 outcome.resumes[_why(status, log)] += 1
                 resumable = (out / "config.yaml").exists()
                 arguments = ["run", "--resume", str(out)] if resumable else ["run", str(file), "--out", str(out)]
-                driver = _start(arguments, mark, log)
+                driver = start(arguments, mark, log)
             if enough():
                 calm = calm or time.monotonic()
                 if time.monotonic() - calm > PATIENCE:
@@ -181,15 +181,15 @@ def _disturb(
     finally:
         driver.kill()
         driver.wait()
-        _sweep(mark)
+        end_all(mark)
     return True
 
 
-def _start(arguments: list[str], mark: str, log: Path) -> subprocess.Popen[bytes]:
-    """Starts a driver, whose words replace those of the one before in ``log``."""
+def start(arguments: list[str], mark: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """``exsim`` with some arguments; all its processes inherit the mark, and its words replace those in ``log``, if any."""
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "simulator", *arguments]
-    with log.open("wb") as said:
+    with (log or Path(os.devnull)).open("wb") as said:
         return subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
 
 
@@ -202,7 +202,7 @@ def _why(status: int, log: Path) -> str:
     return f"status {status}: {said[-1][:300] if said else 'no word'}"
 
 
-def _marked(mark: str) -> dict[int, str]:
+def marked(mark: str) -> dict[int, str]:
     """The processes of a run and their titles."""
     wanted = f"{MARK}={mark}".encode()
     found = {}
@@ -219,7 +219,7 @@ def _marked(mark: str) -> dict[int, str]:
 def _kill_one(mark: str, driver: subprocess.Popen[bytes], dice: random.Random, outcome: Outcome) -> None:
     """Kills a process of the kind that was killed least among those that are alive."""
     alive: dict[str, list[int]] = {}
-    for pid, title in _marked(mark).items():
+    for pid, title in marked(mark).items():
         kind = next((name for prefix, name in KINDS.items() if title.startswith(prefix)), None)
         if kind:
             alive.setdefault(kind, []).append(pid)
@@ -237,10 +237,10 @@ def _kill_one(mark: str, driver: subprocess.Popen[bytes], dice: random.Random, o
     outcome.kills[kind] += 1
 
 
-def _sweep(mark: str, patience: float = 20.0) -> None:
+def end_all(mark: str, patience: float = 20.0) -> None:
     """Waits until the processes of a dead driver are gone, and ends those that stay, as ``ray stop`` would."""
     deadline = time.monotonic() + patience
-    while (left := _marked(mark)) and time.monotonic() < deadline:
+    while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
     for pid in left:
         with_pid = Path(f"/proc/{pid}")

@@ -6,27 +6,25 @@ anywhere, at any time, also of a run that still goes on.
 
 from __future__ import annotations
 
-import html
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from simulator import page
 from simulator.errors import InputError
+from simulator.page import NONE, Column, markdown_cell, printable
 from simulator.results import Row, RunInfo, read_rows, read_run_info
 from simulator.summary import Labels, Line, doubts, lines, stat
 
 THRESHOLD = 0.2  #: the WSR above which DeepTracer declares a model stolen, unless the config says otherwise
-NONE = "–"
 
 LEGEND = (
     "WSR: watermark success rate with its 95 % Wilson interval; several seeds: mean ± standard deviation. "
@@ -35,17 +33,7 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its heading and what it says of a line."""
-
-    key: str
-    heading: str
-    cell: Callable[[Line], str]
-    text: bool = False
-
-
-def columns(found: Sequence[Line]) -> list[Column]:
+def columns(found: Sequence[Line]) -> list[Column[Line]]:
     """The columns that say something about at least one of the lines."""
     labels = Labels(found)
     every = [
@@ -98,7 +86,7 @@ def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
     found = lines(rows)
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
     apart = {column.key for column in shown} - set(_constant(found, shown))
-    moved: list[Column] = []
+    moved: list[Column[Line]] = []
     constant: list[str] = []
     hidden: list[str] = []
     console = Console(width=1000)
@@ -121,13 +109,7 @@ def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
 def markdown_table(rows: Iterable[Row]) -> str:
     """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below."""
     found = lines(rows)
-    shown = columns(found)
-    text = [
-        "| " + " | ".join(markdown_cell(column.heading) for column in shown) + " |",
-        "| " + " | ".join("---" if column.text else "---:" for column in shown) + " |",
-    ]
-    text += ["| " + " | ".join(markdown_cell(column.cell(line)) for column in shown) + " |" for line in found]
-    text += ["", LEGEND, ""]
+    text = [*page.markdown_table(columns(found), found), "", LEGEND, ""]
     text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
     text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
     return "\n".join(text).rstrip() + "\n"
@@ -146,39 +128,17 @@ def write_report(run_dir: Path) -> Path:
         raise InputError(f"{run_dir} holds no results yet: there is nothing to report")
     found, config = lines(rows), _config(run_dir)
     threshold = _threshold(config)
-    report = run_dir / "report"
-    report.mkdir(exist_ok=True)
-    drawn = {
-        "wsr_vs_accuracy.svg": plots.wsr_vs_accuracy(found, threshold),
-        "budget.svg": plots.budget_curves(found, threshold),
-    }
-    for name, svg in drawn.items():
-        if svg is None:
-            (report / name).unlink(missing_ok=True)
-        else:
-            (report / name).write_text(svg, encoding="utf-8")
-    (report / "table.md").write_text(markdown_table(rows), encoding="utf-8")
-    names = {name: name.removesuffix(".svg") for name in drawn}
-    inline = {names[name]: plots.inline(svg, names[name]) for name, svg in drawn.items() if svg}
-    page = report / "index.html"
-    page.write_text(_page(info, found, config, inline, threshold), encoding="utf-8")
-    return page
-
-
-def _page(info: RunInfo, found: Sequence[Line], config: str, svgs: dict[str, str], threshold: float) -> str:
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
     before = [column for column in shown if column.key in _SETTING]
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
-        info=info,
-        facts=facts(info),
+    return page.write_page(
+        run_dir / "report",
+        Path(__file__).parent / "templates" / "report.html",
+        info,
+        markdown_table(rows),
+        {
+            "wsr_vs_accuracy": plots.wsr_vs_accuracy(found, threshold),
+            "budget": plots.budget_curves(found, threshold),
+        },
         alarms=[*_alarms(info, found), *info.warnings, *doubts(found)],
         classes=_classes,
         of_victims=_of_victims,
@@ -189,7 +149,6 @@ def _page(info: RunInfo, found: Sequence[Line], config: str, svgs: dict[str, str
         models=sum(len(line.rows) for line in found if not line.failed),
         legend=LEGEND,
         config=config,
-        svgs=svgs,
         threshold=f"{100 * threshold:g} %",
     )
 
@@ -209,35 +168,17 @@ def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
     return notes
 
 
-def facts(info: RunInfo) -> list[tuple[str, str]]:
-    """Where a run's figures come from: names and values for its page."""
-    took = NONE if info.finished is None else str(info.finished - info.started).partition(".")[0]
-    commit = NONE if info.git_commit is None else info.git_commit + (" + changes" if info.git_dirty else "")
-    return [
-        ("status", info.status),
-        ("mode", {"ray": "on Ray", "local": "local, without Ray"}[info.mode]),
-        ("started", f"{info.started:%Y-%m-%d %H:%M:%S %Z}"),
-        ("took", took),
-        ("command", " ".join(info.argv)),
-        ("seeds", ", ".join(map(str, info.seeds))),
-        ("commit", commit),
-        ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
-        ("host", f"{info.host.hostname}, {info.host.cpus or '?'} CPUs, {info.host.platform}"),
-        ("config SHA-256", info.config_sha256),
-    ]
-
-
 def _notes(constant: Sequence[str], hidden: Sequence[str]) -> str:
     same = f" All attacks: {', '.join(constant)}." if constant else ""
     return LEGEND + same + (f" Not shown at this width: {', '.join(hidden)}." if hidden else "")
 
 
-def _rich(found: Sequence[Line], shown: Sequence[Column], moved: Sequence[Column], notes: str) -> Table:
+def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[Column[Line]], notes: str) -> Table:
     caption = Text(notes, style="dim", justify="left")
     for note in doubts(found):
-        caption.append(f"\nwarning: {_printable(note)}", style="not dim yellow")
+        caption.append(f"\nwarning: {printable(note)}", style="not dim yellow")
     for error in _errors(found):
-        caption.append(f"\nfailed: {_printable(error)}", style="not dim red")
+        caption.append(f"\nfailed: {printable(error)}", style="not dim red")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_style="")
     for column in shown:
         # names may fold, numbers may not
@@ -255,11 +196,11 @@ def _rich(found: Sequence[Line], shown: Sequence[Column], moved: Sequence[Column
 _HEADINGS = {"control": "control\nWSR %", "agreement": "agree-\nment %", "architecture": "archi-\ntecture"}
 
 
-def _cell(line: Line, column: Column, moved: Sequence[Column]) -> str:
+def _cell(line: Line, column: Column[Line], moved: Sequence[Column[Line]]) -> str:
     if column.key != "attack":
-        return _printable(column.cell(line))
+        return printable(column.cell(line))
     also = [value for value in (other.cell(line) for other in moved) if value != NONE]
-    text = _printable(", ".join([column.cell(line), *also]))
+    text = printable(", ".join([column.cell(line), *also]))
     rates = [f"{label.replace(' ', chr(10))} {rate} %" for label, rate in _of_victims(line).items()]
     return ", ".join([text, *rates])
 
@@ -270,7 +211,7 @@ def _of_victims(line: Line) -> dict[str, str]:
     return {label: rate for label, rate in rates.items() if rate != NONE}
 
 
-def _claim(line: Line, column: Column) -> str:
+def _claim(line: Line, column: Column[Line]) -> str:
     """How a cell bears on the verdict: ``yes``, ``partly``, ``false-claim``, or nothing."""
     if column.key == "control" and any(row.verified for row in line.controls):
         return "false-claim"
@@ -282,17 +223,17 @@ def _claim(line: Line, column: Column) -> str:
     return "yes" if all(claimed) else "partly"
 
 
-def _style(line: Line, column: Column) -> str:
+def _style(line: Line, column: Column[Line]) -> str:
     return {"yes": "green", "partly": "yellow", "false-claim": "bold red", "": ""}[_claim(line, column)]
 
 
-def _classes(line: Line, column: Column) -> str:
+def _classes(line: Line, column: Column[Line]) -> str:
     kind = "name" if column.key == "watermark" else "" if column.text else "number"
     place = column.key if column.key in ("wsr", "control") else ""
     return " ".join(part for part in (kind, place, _claim(line, column)) if part)
 
 
-def _constant(found: Sequence[Line], shown: Sequence[Column]) -> list[str]:
+def _constant(found: Sequence[Line], shown: Sequence[Column[Line]]) -> list[str]:
     stolen = [line for line in found if line.row.role == "stolen"]
     return [
         column.key
@@ -343,19 +284,6 @@ def _count(value: int | None) -> str:
 def _errors(found: Sequence[Line]) -> list[str]:
     labels = Labels(found)
     return [f"{labels.full(line)}, seed {line.row.seed}: {line.row.error}" for line in found if line.failed]
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: an error may hold a traceback, or the escape codes of a terminal."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
-def markdown_cell(text: str) -> str:
-    """Text as it may stand in a cell of a Markdown table."""
-    escaped = html.escape(_printable(text), quote=False)
-    for letter in "\\|*_`[]~":
-        escaped = escaped.replace(letter, "\\" + letter)
-    return escaped
 
 
 def _config(run_dir: Path) -> str:

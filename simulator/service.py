@@ -7,7 +7,10 @@ never computed for images that were not charged.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -107,12 +110,20 @@ class VictimService:
         device: where the models run.
         precision: ``half`` computes in float16 on a GPU, to within :data:`HALF_TOLERANCE` of the full answers.
         half: the 16-bit type that ``half`` stands for, in place of what the device suggests (for tests on a CPU).
+        room: bytes of weights that are kept. A victim that does not fit takes the place of those that were asked
+            longest ago, which have to be added again before they are asked again. None: all are kept.
     """
 
-    def __init__(self, device: torch.device, precision: Precision = "full", half: torch.dtype | None = None) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        precision: Precision = "full",
+        half: torch.dtype | None = None,
+        room: int | None = None,
+    ) -> None:
+        self._device, self._room = device, room
         self._half = None if precision == "full" else half or (torch.float16 if device.type == "cuda" else None)
-        self._models: dict[str, Classifier] = {}
+        self._models: OrderedDict[str, Classifier] = OrderedDict()  # those asked longest ago first
 
     def __contains__(self, victim: str) -> bool:
         return victim in self._models
@@ -120,6 +131,9 @@ class VictimService:
     def add(self, victim: str, model: Classifier) -> None:
         """Takes a model under a victim's id."""
         self._models[victim] = model.to(self._device).eval()
+        self._models.move_to_end(victim)
+        while self._room is not None and len(self._models) > 1 and sum(map(_size, self._models.values())) > self._room:
+            self._models.popitem(last=False)
 
     def check(self, victim: str, query: Query) -> str:
         """Checks the images against the victim's input; returns their digest.
@@ -141,13 +155,21 @@ class VictimService:
         The noise of a mode that has some is drawn from the victim's id, the account's name and the key, so that it is
         the same when the query is asked again, at whichever replica and in whichever run.
         """
+        return self.answering(victim, labels, query)()
+
+    def answering(self, victim: str, labels: str, query: Query) -> Callable[[], NDArray[np.float32]]:
+        """What computes :meth:`answer`, whenever it is called: it keeps the victim, which may have to go meanwhile."""
+        self._models.move_to_end(victim)
+        return partial(self._answer, self._models[victim], victim, labels, query)
+
+    def _answer(self, model: Classifier, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
         # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides, which for
         # numpy are contiguous where a dimension has one entry
         images = np.require(query.images, requirements=["C", "W"])
         if min(images.strides) < 0:
             images = images.copy()
         policy = answer_policy(labels, victim, query.account, query.key)
-        rows = policy(self._predict(self._models[victim], torch.from_numpy(images)))
+        rows = policy(self._predict(model, torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers
 
@@ -158,6 +180,11 @@ class VictimService:
             rows = predict(model, images)
         # a logit beyond float16's range; the images alone decide this, too
         return rows if bool(rows.isfinite().all()) else predict(model, images)
+
+
+def _size(model: Classifier) -> int:
+    """Bytes of a model's weights."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 class LocalTransport:

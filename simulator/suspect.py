@@ -1,4 +1,4 @@
-"""``exsim verify --url``: verifies a suspect that can only be asked, over HTTP, for as few queries as may be."""
+"""``exsim verify``: a suspect's file, with the whole key; or, for as few queries as may be, one behind HTTP."""
 
 from __future__ import annotations
 
@@ -9,12 +9,37 @@ from pydantic import ValidationError
 from simulator.component import describe
 from simulator.errors import InputError
 from simulator.http_oracle import HttpClient, LabelAsker, model_info
+from simulator.models import load_model
 from simulator.seeding import generator_for
 from simulator.sequential import SequentialTest, SequentialVerdict, default_stolen_wsr, verify_sequentially
+from simulator.verification import Verdict, Verification, verify
 from simulator.watermarks.key import KeySamples, load_key
 
 #: seconds of trying again where nothing answers: a person waits
 PATIENCE = 5.0
+
+
+def verify_file(model: Path, key: Path, threshold: float) -> tuple[Verdict, str]:
+    """The verdict on a model on this disk, and what to say of it.
+
+    Raises:
+        InputError: a wrong threshold, model or key, or a key that does not fit the model.
+    """
+    try:
+        rule = Verification(threshold=threshold)
+    except ValidationError as error:
+        raise InputError(f"--threshold: {describe(error)}") from None
+    suspect, _ = load_model(model)
+    samples = load_key(key)
+    spec = suspect.spec
+    _check_fit(key, samples, "the model", (spec.channels, spec.size, spec.size), spec.classes)
+    found = verify(suspect, samples, rule)
+    chance = f"{found.p_value:.3g}" if found.p_value else "below 1e-300"
+    return found, (
+        f"{_answer(found.verified)}\nWSR {found.wsr:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}) on "
+        f"{found.samples} key samples, threshold {threshold:g}\np-value {chance}: the chance that a model without the "
+        f"watermark, right once in {samples.classes}, does as well"
+    )
 
 
 def verify_url(
@@ -53,20 +78,24 @@ def verify_url(
     samples = load_key(key)
     client = HttpClient(url, token, PATIENCE)
     if answer_field is None:
-        _check_fit(client, key, samples)
+        info = model_info(client)
+        _check_fit(key, samples, f"the model at {client.url}", tuple(info.shape), info.classes)
     ask = LabelAsker(client, answer_field, images_field)
     generator = generator_for("verify", seed)
     found = verify_sequentially(ask, samples, rule, generator=generator, max_queries=max_queries)
     return found, _about(found, rule, seed)
 
 
-def _check_fit(client: HttpClient, key: Path, samples: KeySamples) -> None:
-    info, shape = model_info(client), tuple(samples.images.shape[1:])
-    if shape != tuple(info.shape) or samples.classes != info.classes:
+def _check_fit(key: Path, samples: KeySamples, suspect: str, shape: tuple[int, ...], classes: int) -> None:
+    found = tuple(samples.images.shape[1:])
+    if found != shape or samples.classes != classes:
         raise InputError(
-            f"{key}: the key's images are {shape} of {samples.classes} classes, "
-            f"the model at {client.url} takes {tuple(info.shape)} of {info.classes}"
+            f"{key}: the key's images are {found} of {samples.classes} classes, {suspect} takes {shape} of {classes}"
         )
+
+
+def _answer(verified: bool) -> str:
+    return "VERIFIED: the model carries this watermark" if verified else "not verified"
 
 
 def _about(found: SequentialVerdict, rule: SequentialTest, seed: int) -> str:
@@ -77,10 +106,9 @@ def _about(found: SequentialVerdict, rule: SequentialTest, seed: int) -> str:
         end = f"undecided between {low:.2f} and {high:.2f}: more queries are needed"
     else:
         end = f"undecided between {low:.2f} and {high:.2f}: the whole key's WSR against the threshold decides"
-    answer = "VERIFIED: the model carries this watermark" if found.verified else "not verified"
     return (
-        f"{answer}\n{found.hits} of {found.asked} answers are the key's; {found.asked} queries, {found.saved} of the "
-        f"key's {found.samples} samples saved (seed {seed})\nWald's sequential test of WSR <= {rule.benign_wsr:g} "
-        f"(error rate {rule.alpha:g}) against WSR >= {rule.stolen_wsr:g} ({rule.beta:g}): log-likelihood ratio "
-        f"{found.ratio:.2f}, {end}"
+        f"{_answer(found.verified)}\n{found.hits} of {found.asked} answers are the key's; {found.asked} queries, "
+        f"{found.saved} of the key's {found.samples} samples saved (seed {seed})\n"
+        f"Wald's sequential test of WSR <= {rule.benign_wsr:g} (error rate {rule.alpha:g}) against "
+        f"WSR >= {rule.stolen_wsr:g} ({rule.beta:g}): log-likelihood ratio {found.ratio:.2f}, {end}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def ray_session() -> Iterator[None]:
     yield
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture
+def nothing_is_left(ray_session: None) -> Iterator[None]:
+    """What runs on the session's Ray gives back what it took of it, which others use too."""
+    import ray
+
+    before = ray.available_resources()["CPU"]
+    yield
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < before:
+        assert time.monotonic() < deadline, "actors were left behind"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,13 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.cluster import connected, lay_out
+from simulator.cli import terminal
 from simulator.display import Display
 from simulator.errors import InputError
 from simulator.results import collect_provenance, write_run_info
 from tuning.config import read_sweep
 from tuning.report import print_sweep, write_sweep_report
 from tuning.sweep import Sweep, create, prepare_sweep, resume
-
-INTERRUPTED = 130
 
 
 def run_sweep(
@@ -65,24 +64,14 @@ def run_sweep(
         if directory.path.exists():
             write_run_info(directory.path, info.model_copy(update={"status": state, "finished": datetime.now(UTC)}))
     if state == "interrupted":
-        console.print(
-            f"interrupted; what was measured is kept. Go on with: exsim sweep --resume {_shown(directory.path)}",
-            soft_wrap=True,
-        )
-        return INTERRUPTED
+        again = f"exsim sweep --resume {terminal.shown(directory.path)}"
+        console.print(f"interrupted; what was measured is kept. Go on with: {again}", soft_wrap=True)
+        return terminal.INTERRUPTED
     page = write_sweep_report(directory.path)
     print_sweep(directory.path, console)
     console.print(
-        f"trials: {_shown(directory.path / 'sweep' / 'trials.parquet')}   best: "
-        f"{_shown(directory.path / 'best.yaml')}   report: {_shown(page)}",
+        f"trials: {terminal.shown(directory.path / 'sweep' / 'trials.parquet')}   best: "
+        f"{terminal.shown(directory.path / 'best.yaml')}   report: {terminal.shown(page)}",
         soft_wrap=True,
     )
     return status
-
-
-def _shown(path: Path) -> str:
-    """A path as a person would type it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -29,8 +29,13 @@ class TrialRecord(Settings):
         status: ``done``; ``stopped`` at the rung named by ``stage``; ``failed``.
         found: what was measured of each seed.
         value: by what was measured; ``value_lower`` its lower confidence bound over seeds, by which they are ranked.
-        work_seconds: of training, stealing and measuring, and of waiting for a worker, of all its seeds together.
-        overhead_seconds: of its own time in which nothing of it was being done or waited for a worker: Tune's.
+        work_seconds: of training, stealing and measuring, of all its seeds together.
+        wait_seconds: of waiting for a worker, of all its seeds together.
+        busy_seconds: in which something of it was being done or waited for a worker; seeds go side by side.
+        overhead_seconds: in which it had a process, or was to get one, and nothing of it was being done or waited for a
+            worker: what Tune costs. Its parts are ``start_seconds`` (until a process has it), ``call_seconds`` (in the
+            hands of its process and of the workshop) and ``report_seconds`` (until Tune has a stage's result and has
+            begun the next, or let the trial go).
     """
 
     trial: str
@@ -50,7 +55,12 @@ class TrialRecord(Settings):
     value: float | None = None
     value_lower: float | None = None
     work_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
     overhead_seconds: float = 0.0
+    start_seconds: float = 0.0
+    call_seconds: float = 0.0
+    report_seconds: float = 0.0
 
     @property
     def done(self) -> bool:

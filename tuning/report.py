@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import simulator.report
 from simulator.component import describe
 from simulator.errors import InputError
-from simulator.report import facts, markdown_cell
+from simulator.page import NONE, Column, markdown_table, write_page
 from simulator.results import RunInfo, read_run_info
 from tuning.config import SweepConfig, read_sweep
 from tuning.importance import importances
 from tuning.recommend import Candidate, Figures, Recommendation, ranked
 from tuning.records import TrialRecord, read_trials
 
-NONE = "–"
 #: trials that the terminal's table shows
 SHOWN = 12
 
@@ -36,15 +33,6 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the table of trials."""
-
-    heading: str
-    cell: Callable[[TrialRecord], str]
-    text: bool = False
-
-
-@dataclass(frozen=True)
 class Found:
     """All that a report is made of. ``chosen`` is None while the sweep has not come to its end."""
 
@@ -52,6 +40,15 @@ class Found:
     config: SweepConfig
     records: list[TrialRecord]
     chosen: Recommendation | None
+
+
+def _part(at: int, heading: str) -> Column[tuple[str, ...]]:
+    return Column(heading, heading, lambda line: line[at], text=at < 2)
+
+
+_HEADINGS = ("setting", "measured on", "drop", "victim WSR %", "worst WSR %", "mean WSR %", "value", "bound")
+#: the columns of :func:`confirmation`
+CONFIRMED = [_part(at, heading) for at, heading in enumerate(_HEADINGS)]
 
 
 def read(path: Path) -> Found:
@@ -73,28 +70,28 @@ def read(path: Path) -> Found:
     return Found(read_run_info(path), read_sweep(str(sweep / "config.yaml")), records, chosen)
 
 
-def columns(config: SweepConfig) -> list[Column]:
+def columns(config: SweepConfig) -> list[Column[TrialRecord]]:
     """The columns of a sweep's table: the searched fields, then what came of them."""
     names = {path: path.rpartition(".")[2] for path in config.space}
     doubled = {name for name in names.values() if list(names.values()).count(name) > 1}
 
-    def setting(path: str) -> Column:
+    def setting(path: str) -> Column[TrialRecord]:
         heading = path if names[path] in doubled else names[path].replace("_", " ")
         text = not config.space[path].numeric
-        return Column(heading, lambda one: _value(one.setting[path]), text)
+        return Column(path, heading, lambda one: _value(one.setting[path]), text)
 
     return [
-        Column("trial", lambda one: str(one.number)),
+        Column("trial", "trial", lambda one: str(one.number)),
         *(setting(path) for path in config.space),
-        Column("seeds", lambda one: str(len(one.seeds))),
-        Column("drop", lambda one: _points(one.drop)),
-        Column("victim WSR %", lambda one: _rate(one.victim_wsr)),
-        Column("worst WSR %", lambda one: _rate(one.worst_wsr)),
-        Column("mean WSR %", lambda one: _rate(one.mean_wsr)),
-        Column("benign WSR %", lambda one: _rate(one.benign_wsr)),
-        Column("value", lambda one: NONE if one.value is None else f"{one.value:.3f}"),
-        Column("bound", lambda one: NONE if one.value_lower is None else f"{one.value_lower:.3f}"),
-        Column("ended", _ended, text=True),
+        Column("seeds", "seeds", lambda one: str(len(one.seeds))),
+        Column("drop", "drop", lambda one: _points(one.drop)),
+        Column("victim_wsr", "victim WSR %", lambda one: _rate(one.victim_wsr)),
+        Column("worst_wsr", "worst WSR %", lambda one: _rate(one.worst_wsr)),
+        Column("mean_wsr", "mean WSR %", lambda one: _rate(one.mean_wsr)),
+        Column("benign_wsr", "benign WSR %", lambda one: _rate(one.benign_wsr)),
+        Column("value", "value", lambda one: NONE if one.value is None else f"{one.value:.3f}"),
+        Column("bound", "bound", lambda one: NONE if one.value_lower is None else f"{one.value_lower:.3f}"),
+        Column("ended", "ended", _ended, text=True),
     ]
 
 
@@ -112,46 +109,40 @@ def write_sweep_report(path: Path) -> Path:
     Raises:
         InputError: see :func:`read`.
     """
-    from simulator.plots import inline
     from tuning import plots
 
     found = read(path)
     config, records = found.config, found.records
     default = config.default()
     winner = dict(found.chosen.winner.setting) if found.chosen else {}
-    drawn = {
-        "pareto": plots.pareto(records, config.objective.max_drop, winner, default),
-        "map": plots.setting_map(records, config.space, winner, default),
-        "importance": plots.importance_bars(importances(records, config.space)),
-    }
-    report = path / "report"
-    report.mkdir(exist_ok=True)
-    for name, svg in drawn.items():
-        file = report / f"{name}.svg"
-        if svg is None:
-            file.unlink(missing_ok=True)
-        else:
-            file.write_text(svg, encoding="utf-8")
-    (report / "table.md").write_text(markdown(found), encoding="utf-8")
-    page = report / "index.html"
-    inlined = {name: inline(svg, name) for name, svg in drawn.items() if svg}
-    page.write_text(_page(found, inlined), encoding="utf-8")
-    return page
+    return write_page(
+        path / "report",
+        Path(__file__).parent / "templates" / "sweep.html",
+        found.info,
+        markdown(found),
+        {
+            "pareto": plots.pareto(records, config.objective.max_drop, winner, default),
+            "map": plots.setting_map(records, config.space, winner, default),
+            "importance": plots.importance_bars(importances(records, config.space)),
+        },
+        alarms=[] if found.info.status == "done" else [f"this sweep is not complete (status: {found.info.status})"],
+        columns=columns(config),
+        records=in_order(config, records),
+        confirmed=CONFIRMED,
+        confirmation=confirmation(found.chosen) if found.chosen else [],
+        verdict=found.chosen.verdict() if found.chosen else "",
+        notes=notes(found),
+        legend=LEGEND,
+        config=config.to_yaml(),
+        winner=winner,
+    )
 
 
 def markdown(found: Found) -> str:
     """The whole table as GitHub-flavoured Markdown, and the confirmation below."""
-    shown = columns(found.config)
-    text = ["| " + " | ".join(column.heading for column in shown) + " |"]
-    text.append("| " + " | ".join("---" if column.text else "---:" for column in shown) + " |")
-    for one in in_order(found.config, found.records):
-        text.append("| " + " | ".join(markdown_cell(column.cell(one)) for column in shown) + " |")
-    text += ["", LEGEND, ""]
+    text = [*markdown_table(columns(found.config), in_order(found.config, found.records)), "", LEGEND, ""]
     if found.chosen:
-        text += ["| setting | measured on | drop | victim WSR % | worst WSR % | mean WSR % | value | bound |"]
-        text += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        text += ["| " + " | ".join(line) + " |" for line in confirmation(found.chosen)]
-        text += ["", found.chosen.verdict(), *notes(found)]
+        text += [*markdown_table(CONFIRMED, confirmation(found.chosen)), "", found.chosen.verdict(), *notes(found)]
     return "\n".join(text).rstrip() + "\n"
 
 
@@ -171,17 +162,14 @@ def print_sweep(path: Path, console: Console) -> None:
     if found.chosen is None:
         return
     below = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for at, heading in enumerate(_CONFIRMATION):
-        below.add_column(heading, justify="left" if at < 2 else "right")
+    for part in CONFIRMED:
+        below.add_column(part.heading, justify="left" if part.text else "right")
     for line in confirmation(found.chosen):
         below.add_row(*line)
     console.print(below)
     console.print(Text(found.chosen.verdict(), style="bold"), soft_wrap=True)
     for note in notes(found):
         console.print(Text(note), soft_wrap=True)
-
-
-_CONFIRMATION = ("setting", "measured on", "drop", "victim WSR %", "worst WSR %", "mean WSR %", "value", "bound")
 
 
 def confirmation(chosen: Recommendation) -> list[tuple[str, ...]]:
@@ -233,40 +221,15 @@ def notes(found: Found) -> list[str]:
             f"{100 * objective.max_drop:g} allowed."
         )
     costs = sorted(one.overhead_seconds for one in found.records)
+    waits = sorted(one.wait_seconds for one in found.records)
     said.append(
         f"{chosen.trials} trials, {chosen.stopped} stopped early, {chosen.failed} failed; in the "
         f"{chosen.search_seconds:.0f} s of search no worker had anything to do for {chosen.idle_seconds:.1f} s "
         f"({chosen.idle_seconds / max(chosen.trials, 1):.2f} s a trial). Overhead of a trial beyond its work: median "
-        f"{costs[len(costs) // 2]:.2f} s, at most {costs[-1]:.2f} s."
+        f"{costs[len(costs) // 2]:.2f} s, at most {costs[-1]:.2f} s; waiting for a worker: median "
+        f"{waits[len(waits) // 2]:.2f} s."
     )
     return said
-
-
-def _page(found: Found, svgs: dict[str, str]) -> str:
-    folders = [Path(__file__).parent / "templates", Path(simulator.report.__file__).parent / "templates"]
-    environment = Environment(
-        loader=FileSystemLoader(folders),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    alarms = [] if found.info.status == "done" else [f"this sweep is not complete (status: {found.info.status})"]
-    return environment.get_template("sweep.html").render(
-        info=found.info,
-        facts=facts(found.info),
-        alarms=alarms,
-        columns=columns(found.config),
-        records=in_order(found.config, found.records),
-        headings=_CONFIRMATION,
-        confirmation=confirmation(found.chosen) if found.chosen else [],
-        verdict=found.chosen.verdict() if found.chosen else "",
-        notes=notes(found),
-        legend=LEGEND,
-        svgs=svgs,
-        config=found.config.to_yaml(),
-        winner=dict(found.chosen.winner.setting) if found.chosen else {},
-    )
 
 
 def _ended(one: TrialRecord) -> str:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ class Sweep:
         self._crew = Crew.start(config.base, world, directory, layout)
         self._workshop: Any = None
         self._refreshed = 0.0
+        self._asked: Any = None
 
     def run(self) -> Recommendation:
         """Searches and confirms; writes the table of trials, ``best.yaml`` and the recommendation.
@@ -190,7 +192,9 @@ class Sweep:
         status = "failed" if number in course.failed else "stopped" if number in course.stopped else "done"
         report = course.reports.get(number, {"error": f"its process died {ATTEMPTS + 1} times"})
         data = record(number, setting_id(setting), setting, report, status)
-        data["overhead_seconds"] = max(0.0, course.seconds.get(number, 0.0) - report.get("busy_seconds", 0.0))
+        costs = course.costs[number]
+        data |= {f"{part}_seconds": seconds for part, seconds in asdict(costs).items()}
+        data["overhead_seconds"] = costs.overhead
         self.records[number] = found = TrialRecord.model_validate_json(json.dumps(data))
         write_trials(self._directory.path / "sweep" / "trials.parquet", self._sorted(), self._yaml)
         self._display.finished += 1
@@ -209,8 +213,14 @@ class Sweep:
         self._look()
 
     def _look(self) -> None:
+        """Draws. What is drawn is asked for at one look and taken at a later one: Tune's loop waits for nobody here."""
+        if self._asked is None:
+            self._asked = self._workshop.glance.remote()
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return
+        asked, self._asked = self._asked, None
         try:
-            tasks, rows = ray.get(self._workshop.glance.remote())
+            tasks, rows = ray.get(asked)
         except RayActorError as error:
             raise RuntimeError("the sweep's workshop died; what was measured is kept, resume the sweep") from error
         for row in rows:

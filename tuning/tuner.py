@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -18,26 +19,57 @@ from ray.tune.search import Searcher
 from tuning.halving import Decision, Halving
 from tuning.proposals import Learned, Listed
 from tuning.space import setting_id
+from tuning.trial import NEXT
 
 log = logging.getLogger("ray.tune.exsim")
+
+
+@dataclass
+class Costs:
+    """Where a trial's seconds went while it had, or waited for, a process. All but the first three are Tune's.
+
+    Attributes:
+        work: of its pieces of work in a worker's hands, all seeds together.
+        wait: of its pieces of work waiting for a worker, all seeds together.
+        busy: in which at least one of its pieces was worked at or waited for a worker.
+        start: from when it might start, or go on, until a process had it.
+        call: in the hands of its process and of the workshop, without the busy ones.
+        report: from the end of a stage until Tune had its result, and had begun the next stage or let it go.
+    """
+
+    work: float = 0.0
+    wait: float = 0.0
+    busy: float = 0.0
+    start: float = 0.0
+    call: float = 0.0
+    report: float = 0.0
+
+    @property
+    def overhead(self) -> float:
+        """What is neither work nor waiting for a worker."""
+        return self.start + self.call + self.report
 
 
 class Course:
     """What the hooks share: which trials are under way, and what each has reported.
 
     Attributes:
-        active: numbers of the trials that hold a process, and since when; the others wait at a rung or have ended.
-        seconds: how long each trial has been active, all in all.
+        active: numbers of the trials that hold a process; the others wait at a rung or have ended.
+        costs: where the seconds of every trial went.
         reports: the last report of every trial.
         stopped: trials that a rung has ended.
         failed: trials that ended with an error.
+        lost: those of them that Tune gave up, and that their bracket has not been told of yet.
     """
 
     def __init__(self, proposals: Listed | Learned, halving: Halving, concurrent: int) -> None:
         self.proposals, self.halving, self.concurrent = proposals, halving, concurrent
         self.settings: list[dict[str, Any]] = []
-        self.active: dict[int, float] = {}
-        self.seconds: dict[int, float] = {}
+        self.active: set[int] = set()
+        self.costs: dict[int, Costs] = {}
+        self.lost: list[int] = []
+        self._since: dict[int, float] = {}
+        self._under_way: set[int] = set()
         self.reports: dict[int, dict[str, Any]] = {}
         self.ended: set[int] = set()
         self.stopped: set[int] = set()
@@ -49,13 +81,32 @@ class Course:
         return len(self.active) < self.concurrent
 
     def enter(self, number: int) -> None:
-        """A trial gets a process."""
-        self.active[number] = time.monotonic()
+        """A trial is to get a process."""
+        self.active.add(number)
+        self.costs.setdefault(number, Costs())
+        self._since[number] = time.time()
+        self._under_way.discard(number)
+
+    def tell(self, number: int, report: dict[str, Any]) -> None:
+        """A trial has reported a stage. Its process is on this machine, and has the same clock."""
+        self.reports[number], costs = report, self.costs[number]
+        before = max(0.0, report["began"] - self._since[number])
+        if number in self._under_way:
+            costs.report += before
+        else:
+            costs.start += before
+        self._under_way.add(number)
+        costs.work += report["work_seconds"]
+        costs.wait += report["wait_seconds"]
+        costs.busy += report["busy_seconds"]
+        costs.call += max(0.0, report["ended"] - report["began"] - report["busy_seconds"])
+        self._since[number] = report["ended"]
 
     def leave(self, number: int) -> None:
         """A trial gives its process back."""
         if number in self.active:
-            self.seconds[number] = self.seconds.get(number, 0.0) + time.monotonic() - self.active.pop(number)
+            self.active.remove(number)
+            self.costs[number].report += max(0.0, time.time() - self._since[number])
 
 
 class Feeder(Searcher):
@@ -77,7 +128,7 @@ class Feeder(Searcher):
         course.settings.append(setting)
         course.enter(number)
         self._numbers[trial_id] = number
-        return {"number": number, "trial": setting_id(setting), "setting": setting}
+        return {"number": number, "trial": setting_id(setting), "setting": setting, NEXT: 0}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Tells the proposals what became of a trial, whether it ran to its end, was stopped or failed."""
@@ -86,6 +137,7 @@ class Feeder(Searcher):
         course.ended.add(number)
         if error:
             course.failed.add(number)
+            course.lost.append(number)
         course.proposals.learn(number, None if number in course.failed else course.reports[number])
 
     def save(self, checkpoint_path: str) -> None:
@@ -122,7 +174,7 @@ class Rungs(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides on the trial, and on those that have waited for it."""
         number, course = trial.config["number"], self._course
-        course.reports[number] = dict(result)
+        course.tell(number, dict(result))
         decision = course.halving.arrive(number, result["stage"], result["value"])
         self._take(decision, number)
         if number in decision.stop:
@@ -130,27 +182,34 @@ class Rungs(TrialScheduler):
             return self.STOP
         if number in decision.go:
             return self.CONTINUE
+        # No checkpoint: the next stage is all that a trial knows, and a save would keep the process while room has been
+        # made for another trial, which would start one of its own.
+        trial.set_config({**trial.config, NEXT: result["training_iteration"]})
+        tune_controller.pause_trial(trial, should_checkpoint=False)
         course.leave(number)
-        return self.PAUSE
+        return self.NOOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """A trial has run to its end, or was stopped."""
         number = trial.config["number"]
+        if number not in self._course.stopped:  # else it is what was told before the rung's decision
+            self._course.tell(number, dict(result))
         self._course.leave(number)
-        self._course.reports[number] = dict(result)
         if result.get("error"):
             self._course.failed.add(number)
         self._take(self._course.halving.end(number), number)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A trial has failed for good."""
-        self._take(self._course.halving.end(trial.config["number"]), None)
+        """A trial's process has died. Tune may start it again, and does not say so here: those who wait for the trial
+        go on waiting until the searcher is told that it is given up."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """A trial that waited was stopped."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stops those who wait in vain, and names the next of those who may go on."""
+        while self._course.lost:
+            self._take(self._course.halving.end(self._course.lost.pop()), None)
         for number in sorted(self._doomed):
             if self._trials[number].status == "PAUSED":
                 self._doomed.discard(number)

@@ -31,10 +31,12 @@ from simulator.results import Row
 from simulator.rundir import RunDirectory
 from tuning.config import SweepConfig
 from tuning.objective import Measured, Stolen
-from tuning.space import Setting, applied
+from tuning.space import Setting, applied, setting_id
 
 #: from when to when a piece of work waited for a worker or was in its hands, ``time.monotonic()`` of this process
 Span = tuple[float, float]
+#: when a piece of work was begun, when a worker had it, and when it was done
+Times = tuple[float, float, float]
 #: a row's role, its scenario's or model's id, and the parameters of the watermark whose key it was measured with
 Place = tuple[Literal["benign", "victim", "stolen"], str, str]
 
@@ -139,7 +141,9 @@ class Workshop:
         self._rows: dict[Place, Row] = {}
         self._keep([row for row in self._directory.rows() if row.status == "ok"])
         self._works: dict[str, asyncio.Task[Any]] = {}
-        self._spans: dict[str, list[Span]] = {}
+        self._times: dict[str, list[Times]] = {}
+        self._bases: dict[str, RunConfig] = {}
+        self._plans: dict[str, tuple[RunConfig, Plan]] = {}
         self._running: dict[str, tuple[str, int | None, tuple[str, ...]]] = {}
         self._new_rows: list[Row] = []
         self._trainers = Workers(crew.new_trainer, crew.layout.trainers)
@@ -155,16 +159,17 @@ class Workshop:
 
         Returns:
             ``found``: a :class:`Measured` for each seed, as JSON; ``error``: why it failed, or None; ``work``: seconds
-            of training and stealing; ``busy``: seconds in which something of it was being done or waited for a worker.
+            of training, stealing and measuring; ``wait``: seconds of waiting for a worker, both of all seeds together;
+            ``busy``: seconds in which something of it was being done or waited for a worker.
         """
-        return await self._measure(self._applied(setting, "search"), self._config.stages(), stage)
+        return await self._measure(*self._planned(setting, "search"), self._config.stages(), stage)
 
     async def confirm(self, setting: Setting) -> dict[str, Any]:
         """As :meth:`stage`, all of it: on the seeds and with the attacks that the search does not see, too."""
-        config = self._applied(setting, "holdout")
+        config, plan = self._planned(setting, "holdout")
         thefts = sum(len(entry.expand()) for entry in config.scenarios)
         stages = ["victim", *(f"attack {at + 1}" for at in range(thefts))]
-        return await self._measure(config, stages, stages[-1], at_once=True)
+        return await self._measure(config, plan, stages, stages[-1], at_once=True)
 
     async def glance(self) -> tuple[dict[str, Task], list[Row]]:
         """What is under way, and the rows written since the last look."""
@@ -178,15 +183,23 @@ class Workshop:
 
     async def spans(self) -> list[Span]:
         """When a worker had something to do, or something waited for one."""
-        return [span for spans in self._spans.values() for span in spans]
+        return [(begun, done) for times in self._times.values() for begun, _, done in times]
 
-    def _applied(self, setting: Setting, part: Literal["search", "holdout"]) -> RunConfig:
-        return applied(self._config.run_config(part), setting)
+    def _planned(self, setting: Setting, part: Literal["search", "holdout"]) -> tuple[RunConfig, Plan]:
+        """A setting's run configuration and plan. A trial asks once for each stage, and checking and planning take a
+        good part of what Tune costs."""
+        name = f"{part} {setting_id(setting)}"
+        if name not in self._plans:
+            if part not in self._bases:
+                self._bases[part] = self._config.run_config(part)
+            config = applied(self._bases[part], setting)
+            self._plans[name] = config, make_plan(config)
+        return self._plans[name]
 
     async def _measure(
-        self, config: RunConfig, stages: list[str], until: str, *, at_once: bool = False
+        self, config: RunConfig, plan: Plan, stages: list[str], until: str, *, at_once: bool = False
     ) -> dict[str, Any]:
-        asked, plan = time.monotonic(), make_plan(config)
+        asked = time.monotonic()
         works: set[str] = set()
         by_seed = {
             victim.seed: (victim, [scenario for scenario in plan.scenarios if scenario.victim.id == victim.id])
@@ -201,12 +214,18 @@ class Workshop:
             if not isinstance(one, WorkFailed):
                 raise one
         # what another trial began before this one asked counts from then on
-        spans = [(max(first, asked), last) for work in works for first, last in self._spans.get(work, ())]
+        times = [
+            (max(begun, asked), max(taken, asked), done)
+            for work in works
+            for begun, taken, done in self._times.get(work, ())
+            if done > asked
+        ]
         return {
             "found": [one.model_dump(mode="json") for one in results if isinstance(one, Measured)],
             "error": str(broken[0]) if broken else None,
-            "work": sum(last - first for first, last in spans),
-            "busy": union(spans),
+            "work": sum(done - taken for _, taken, done in times),
+            "wait": sum(taken - begun for begun, taken, _ in times),
+            "busy": union((begun, done) for begun, _, done in times),
         }
 
     async def _seed(
@@ -263,15 +282,18 @@ class Workshop:
     def _timed(self, name: str, label: str, scenario: Scenario | None = None) -> Iterator[Callable[[], None]]:
         """A span of waiting for a worker and of work; the function that it gives tells that a worker has it now."""
         begun = time.monotonic()
+        taken: list[float] = []
 
         def begin() -> None:
+            taken.append(time.monotonic())
             budget = scenario.budget if scenario else None
             self._running[name] = (label, budget, tuple(scenario.accounts) if scenario else ())
 
         try:
             yield begin
         finally:
-            self._spans.setdefault(name, []).append((begun, time.monotonic()))
+            done = time.monotonic()
+            self._times.setdefault(name, []).append((begun, taken[0] if taken else done, done))
             self._running.pop(name, None)
 
     async def _owner(self, spec: OwnerModel, plan: Plan, works: set[str]) -> list[Any]:
@@ -294,6 +316,7 @@ class Workshop:
         collector = self._crew.collector
         with self._timed(spec.id, spec.label) as begin:
             if self._directory.has_owner(spec):
+                begin()
                 refs = list(collector.load_owner.options(num_returns=3).remote(spec))
             else:
                 refs = await self._trainers.do(
@@ -353,7 +376,8 @@ class Workshop:
             )
 
         with self._timed(scenario.id, scenario.label, scenario) as begin:
-            await ledger.open.remote({account: scenario.terms(account, token) for account, token in tokens.items()})
+            terms = {account: scenario.terms(account, token) for account, token in tokens.items()}
+            await ledger.open.remote(terms, dict.fromkeys(terms, scenario.attack))
             try:
                 (rows,) = await self._attackers.do(
                     run,

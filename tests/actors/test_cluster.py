@@ -36,17 +36,20 @@ SHARES = {"attacker": 0.5, "trainer": 0.5, "victim": 0.25, "collector": 0.25}
 @pytest.mark.parametrize(
     ("nodes", "config", "shares", "attackers", "gpu"),
     [
-        pytest.param([{"CPU": 8}], {}, {}, 14, False, id="every CPU is used"),
+        pytest.param([{"CPU": 8}], {}, {}, 8, False, id="one for each core"),
+        pytest.param([{"CPU": 8}], {}, {"attacker": 1.0}, 7, False, id="every CPU is used"),
         pytest.param([{"CPU": 2}], {}, {}, 2, False, id="two CPUs"),
-        pytest.param([{"CPU": 4}, {"CPU": 4}], {}, {}, 14, False, id="nodes add up"),
-        pytest.param([{"CPU": 3}], {}, {"attacker": 0.1}, 20, False, id="tenths add up"),
+        pytest.param([{"CPU": 4}, {"CPU": 4}], {}, {"attacker": 1.0}, 7, False, id="nodes add up"),
+        pytest.param([{"CPU": 3}], {}, {"attacker": 0.1, "attackers": 20}, 20, False, id="tenths add up"),
         pytest.param([{"CPU": 1.4}, {"CPU": 1.1}], {}, {"attacker": 0.75}, 1, False, id="a share lies on one node"),
         pytest.param([{"CPU": 8}], {}, {"attackers": 3}, 3, False, id="as many as asked"),
-        pytest.param([{"CPU": 8}], {}, {"trainers": 4, "replicas": 3}, 10, False, id="more of the others"),
-        pytest.param([{"CPU": 8}], {}, {"collectors": 5}, 12, False, id="more collectors"),
+        pytest.param(
+            [{"CPU": 8}], {}, {"trainers": 4, "replicas": 3, "attacker": 1.0}, 5, False, id="more of the others"
+        ),
+        pytest.param([{"CPU": 8}], {}, {"collectors": 5, "attacker": 1.0}, 6, False, id="more collectors"),
         pytest.param([{"CPU": 1, "GPU": 100}], {}, {"collectors": 2}, 3, True, id="collectors take a GPU node's CPU"),
         pytest.param([{"CPU": 8, "GPU": 1}], {}, {"attacker": 0.0625}, 4, True, id="one GPU"),
-        pytest.param([{"CPU": 8, "GPU": 2}], {"device": "cpu"}, {}, 14, False, id="GPUs not wanted"),
+        pytest.param([{"CPU": 8, "GPU": 2}], {"device": "cpu"}, {"attacker": 1.0}, 7, False, id="GPUs not wanted"),
         pytest.param([{"CPU": 8, "GPU": 2}], {"device": "cuda"}, {}, 2, True, id="GPUs demanded"),
         pytest.param([{"CPU": 8, "GPU": 2}], {}, {"attacker": 0.6}, 1, True, id="a share lies on one GPU"),
         pytest.param([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 3}], {}, {"attacker": 2.0}, 1, True, id="whole GPUs"),
@@ -162,6 +165,21 @@ def test_a_connection_that_exists_is_used_and_left_alone(ray_session: None, tmp_
     with connected("10.255.255.1:1", tmp_path):
         assert ray.get_runtime_context().get_node_id() == node
     assert ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_what_the_raylet_complains_of_goes_to_the_log(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "WARNING: 9 PYTHON worker processes have been started on node: xyz"
+    message = {"lines": [line], "pid": "raylet", "is_err": False}
+    with connected(None, tmp_path):
+        # looked up where Ray's own thread does
+        ray._private.worker.print_to_stdstream(message, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
+    assert line in (tmp_path / "driver.log").read_text()
+    ray._private.worker.print_to_stdstream(message, ignore_prefix=False)
+    assert line in capsys.readouterr().out
 
 
 ON_A_LOGICAL_GPU = """

@@ -6,6 +6,7 @@ import asyncio
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,32 @@ def test_a_message_is_told_in_one_go_with_what_was_answered_and_refused(
         ("exsim_message_images", 5): 2,
     }
     assert {tags["attack"] for _, _, tags in recorded} == {"knockoff", "unknown"}
+
+
+def test_attacks_of_accounts_that_came_later_are_those_that_the_ledger_was_told(
+    recorded: list[tuple[str, float, dict[str, str]]], run_dir: Path
+) -> None:
+    """As in a sweep, whose service starts before there are trials."""
+    ledger = LedgerService(str(run_dir / "ledger.log"), False)
+    handles: Any = Handle(ledger), Handle(Shelf(str(run_dir)))
+    victim = Victim(*handles, Placement(False, 1.0))
+    asyncio.run(ledger.open({"a": TERMS}, {"a": "distillation"}))
+    asyncio.run(victim.answer([Query("a", TOKEN, 0, IMAGES)]))
+    assert {tags["attack"] for _, _, tags in recorded} == {"distillation"}
+
+
+def test_a_victim_that_made_room_is_taken_from_the_shelf_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.victim.ROOM", 1)
+    save_model(build("naivenet", channels=1, size=8, classes=10), run_dir / "models" / "v-2.safetensors")
+    ledger = LedgerService(str(run_dir / "ledger.log"), False)
+    handles: Any = Handle(ledger), Handle(Shelf(str(run_dir)))
+    victim = Victim(*handles, Placement(False, 1.0))
+    asyncio.run(ledger.open({"a": TERMS, "b": replace(TERMS, victim="v-2")}))
+    alone = [asyncio.run(victim.answer([Query(name, TOKEN, 0, IMAGES)])) for name in ("a", "b")]
+    # both in one message: the second is taken while the first waits for the ledger
+    together = asyncio.run(victim.answer([Query(name, TOKEN, 1, IMAGES) for name in ("a", "b")]))
+    for found, (wanted,) in zip(together, alone, strict=True):
+        assert np.array_equal(np.asarray(found), np.asarray(wanted))
 
 
 def endpoint() -> str:

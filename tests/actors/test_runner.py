@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +28,10 @@ from simulator.plan import OwnerModel, Plan, Scenario, make_plan
 from simulator.preflight import prepare
 from simulator.rundir import RunDirectory
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 #: images or candidates that no memory holds
 TOO_MANY = 10**15
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(ray_session: None) -> Iterator[None]:
-    """A run gives back what it took of the cluster, which others use too."""
-    before = ray.available_resources()["CPU"]
-    yield
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < before:
-        assert time.monotonic() < deadline, "a run has left actors behind"
-        time.sleep(0.1)
 
 
 def getpid(_: object) -> int:

@@ -50,6 +50,24 @@ def transport(model: Classifier, ledger: Ledger) -> LocalTransport:
     return LocalTransport(service, ledger)
 
 
+def test_victims_asked_longest_ago_make_room_and_may_come_again(model: Classifier, ledger: Ledger) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    service, asked = VictimService(torch.device("cpu"), room=2 * size), query(images(2))
+    for name in ("first", "second"):
+        service.add(name, model)
+    answers = service.answer("first", "soft", asked)
+    pending = service.answering("second", "soft", asked)
+    service.answer("first", "soft", asked)
+    service.add("third", model)
+    assert [name in service for name in ("first", "second", "third")] == [True, False, True]
+    assert np.array_equal(pending(), answers), "who has it goes on with it"
+    service.add("second", model)
+    assert np.array_equal(service.answer("second", "soft", asked), answers)
+    small = VictimService(torch.device("cpu"), room=1)
+    small.add("v", model)
+    assert "v" in small, "the one that is asked is kept in any case"
+
+
 def images(count: int, dtype: Any = np.uint8, *words: object) -> NDArray[Any]:
     drawn = torch.randint(0, 256, (count, 1, 4, 4), generator=generator_for("images", *words)).numpy()
     return drawn.astype(np.uint8) if dtype == np.uint8 else (drawn / 255).astype(dtype)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+import os
+import signal
+import struct
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
+from tensorboardX.proto.event_pb2 import Event
 
+from benchmarks.sweep_kill import TIMES
 from simulator.cli import main
 from simulator.config import read_config
 from simulator.ledger import Ledger
 from simulator.results import read_rows
+from tuning import sweep
+from tuning.config import read_sweep
 from tuning.records import TrialRecord, read_trials
+from tuning.space import applied
+from tuning.trial import Trial
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 SWEEP = """
 name: tiny-sweep
@@ -35,29 +41,77 @@ search: grid
 seeds: [0]
 halving: {{bracket: 2, keep: {{victim: 0.5}}}}
 holdout: {{seeds: [5]}}
+storage_path: {storage}
 """
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(ray_session: None) -> Iterator[None]:
-    """A sweep gives back what it took of the cluster."""
-    before = ray.available_resources()["CPU"]
-    yield
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < before:
-        assert time.monotonic() < deadline, "a sweep has left actors behind"
-        time.sleep(0.1)
 
 
 def plain(records: list[TrialRecord]) -> list[dict[str, Any]]:
     """What must be equal in equal sweeps: all but the times."""
-    return [one.model_dump(mode="json", exclude={"work_seconds", "overhead_seconds"}) for one in records]
+    return [one.model_dump(mode="json", exclude={f"{name}_seconds" for name in TIMES}) for one in records]
 
 
-def test_two_trials_end_to_end_and_again_after_a_kill(tiny_config: Path, tmp_path: Path, capsys: Any) -> None:
-    config, path = tmp_path / "sweep.yaml", tmp_path / "out"
-    config.write_text(SWEEP.format(tiny=tiny_config))
-    assert main(["sweep", str(config), "--out", str(path)]) == 0
+class Killed(Trial):
+    """A trial whose process dies once, when its victim is there."""
+
+    def step(self) -> dict[str, Any]:
+        """As a trial's."""
+        report = super().step()
+        marker = self.marker  # type: ignore[attr-defined]
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return report
+
+
+def scalars(folder: Path) -> list[dict[str, list[tuple[int, float]]]]:
+    """What TensorBoard would draw of each trial; an event file is length, checksum, event, checksum, and so on."""
+    found = []
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        data, drawn = file.read_bytes(), dict[str, list[tuple[int, float]]]()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                drawn.setdefault(value.tag, []).append((event.step, value.simple_value))
+            data = data[16 + length :]
+        found.append(drawn)
+    return found
+
+
+def test_two_trials_interrupted_killed_and_resumed(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path, bucket = tmp_path / "sweep.yaml", tmp_path / "out", tmp_path / "bucket"
+    config.write_text(SWEEP.format(tiny=tiny_config, storage=bucket.as_uri()))
+
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "write_trials", interrupted)  # Ctrl-C when the first trial has ended
+        assert main(["sweep", str(config), "--out", str(path)]) == 130
+    assert f"exsim sweep --resume {path}" in "".join(capsys.readouterr().out.split("\n"))
+    assert json.loads((path / "run.json").read_text())["status"] == "interrupted"
+    done_before = {row.identity: row.started for row in read_rows(path)}
+    assert done_before
+
+    killed = tmp_path / "killed"
+    monkeypatch.setattr(sweep, "Trial", type("Trial", (Killed,), {"marker": killed}))
+    assert main(["sweep", "--resume", str(path)]) == 0
+    assert killed.exists()
+    assert done_before.items() <= {row.identity: row.started for row in read_rows(path)}.items()
+    check_whole_sweep(path, capsys.readouterr().out)
+    logged = scalars(bucket)
+    assert len(logged) == 2 + 2, "two trials in each start of the sweep"
+    # the stage of the process that was killed is not there twice
+    assert all(len({step for step, _ in drawn["ray/tune/value"]}) == len(drawn["ray/tune/value"]) for drawn in logged)
+    ended = [[value for _, value in drawn["ray/tune/value"]][-1] for drawn in logged[2:]]
+    records = read_trials(path / "sweep" / "trials.parquet")
+    assert sorted(ended) == pytest.approx(sorted(one.value for one in records if one.value is not None))
+
+
+def check_whole_sweep(path: Path, printed: str) -> None:
+    """A sweep that has come to its end holds everything that it should, and may be resumed at no cost."""
     first = read_trials(path / "sweep" / "trials.parquet")
     assert sorted(one.status for one in first) == ["done", "stopped"]
     assert [one.setting for one in first] == [{"watermarks.0.margin": 0.5}, {"watermarks.0.margin": 2.0}]
@@ -86,7 +140,12 @@ def test_two_trials_end_to_end_and_again_after_a_kill(tiny_config: Path, tmp_pat
     best = read_config(str(path / "best.yaml"))
     assert best.watermarks[0].model_dump()["margin"] == done.setting["watermarks.0.margin"]
     assert best.seeds == (5,)
-    assert "fresh seed" in capsys.readouterr().out
+    chosen = json.loads((path / "sweep" / "recommendation.json").read_text())
+    assert chosen["winner"]["setting"] == done.setting
+    recommended = applied(read_sweep(str(path / "sweep" / "config.yaml")).run_config("holdout"), done.setting)
+    assert best.model_dump(exclude={"name", "controls"}) == recommended.model_dump(exclude={"name", "controls"})
+    assert best.controls
+    assert "fresh seed" in printed
 
     # as after a kill: the last trial's theft and Tune's own files are lost
     (path / "sweep" / "trials.parquet").unlink()

@@ -1,0 +1,241 @@
+"""The commands of ``exsim``: their arguments and options, and what each hands them to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simulator import __version__
+from simulator.cli import terminal
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.config import RunConfig
+    from simulator.sequential import SequentialVerdict
+    from simulator.verification import Verdict
+
+_config = click.argument("config", default="digits")
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, by its dotted path."
+)
+_data = click.option("--data", type=click.Path(path_type=Path), envvar="EXSIM_DATA", help="Where data sets lie.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="exsim")
+def exsim() -> None:
+    """Simulates model-extraction attacks against watermarked classifiers."""
+
+
+@exsim.command()
+@_config
+@_set
+@_data
+@click.option("--out", help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>).")
+@click.option("--resume", metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
+@click.option("--local", is_flag=True, help="One process, no Ray.")
+@click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
+@click.option(
+    "--wait", type=click.FloatRange(min=0), default=0, metavar="SECONDS", help="For an autoscaler to bring its nodes."
+)
+@click.pass_context
+def run(
+    context: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: str | None,
+    resume: str | None,
+    local: bool,
+    address: str | None,
+    wait: float,
+) -> int:
+    """Run CONFIG: a preset's name (see: exsim list presets) or a YAML file."""
+    from simulator.cli.running import Place, run_again, run_new
+    from simulator.remote import mirrored
+
+    terminal.quiet_ray()
+    place = Place(local, address, wait)
+    if resume is None:
+        settings = _read(config, overrides)
+        with mirrored(out, None) as (target, _):
+            return run_new(settings, data, target, place)
+    given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
+    if given or overrides:
+        raise InputError("--resume takes the earlier run's configuration; leave out CONFIG, --set and --out")
+    with mirrored(None, resume) as (_, earlier):
+        assert earlier is not None
+        return run_again(earlier, data, place)
+
+
+@exsim.command()
+@_config
+@_set
+@_data
+@click.option("--out", type=click.Path(path_type=Path), help="Sweep directory (default: runs/<time>_<name>).")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish an earlier sweep.")
+@click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
+@click.pass_context
+def sweep(
+    context: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    address: str | None,
+) -> int:
+    """Search which settings let the watermark survive theft; CONFIG: a sweep preset's name or a YAML file."""
+    terminal.quiet_ray()
+    from tuning.command import run_sweep
+
+    given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
+    if resume is not None and (given or overrides):
+        raise InputError("--resume takes the earlier sweep's configuration; leave out CONFIG, --set and --out")
+    return run_sweep(config, overrides, data, out, resume, address, terminal.console())
+
+
+@exsim.command()
+@_config
+@_set
+@_data
+@click.option("--address", help="Ray cluster to fit it onto (default: this machine).")
+def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: str | None) -> int:
+    """Show what CONFIG would run, its queries, resources, time and memory, and what fits; run nothing."""
+    from simulator.cli.planning import show_plan
+
+    return show_plan(_read(config, overrides), data, address)
+
+
+@exsim.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def report(run_dir: Path) -> int:
+    """Print the table of a run or a sweep and write its plots and page."""
+    if (run_dir / "sweep" / "config.yaml").is_file():
+        from tuning.report import print_sweep, write_sweep_report
+
+        page = write_sweep_report(run_dir)
+        print_sweep(run_dir, terminal.console())
+        terminal.console().print(f"report: {terminal.shown(page)}", soft_wrap=True)
+        return 0
+    from simulator.report import render_table, write_report
+    from simulator.results import read_rows
+
+    console = terminal.console()
+    rows = read_rows(run_dir)
+    page = write_report(run_dir)
+    console.print(render_table(rows, width=console.width))
+    console.print(f"report: {terminal.shown(page)}", soft_wrap=True)
+    return 0 if all(row.status == "ok" for row in rows) else 1
+
+
+@exsim.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Key file of the owner.")
+@click.option("--threshold", default=0.2, show_default=True, help="WSR above which the model counts as stolen.")
+@click.option("--url", help="A suspect behind HTTP, asked in place of MODEL, no longer than a sequential test needs.")
+@click.option("--token", envvar="EXSIM_TOKEN", help="Bearer token at --url (default: EXSIM_TOKEN).")
+@click.option("--stolen-wsr", type=float, help="WSR from which the suspect is surely stolen (default: 2 x threshold).")
+@click.option("--alpha", default=0.05, show_default=True, help="Error rate: verifying an innocent suspect.")
+@click.option("--beta", default=0.05, show_default=True, help="Error rate: missing a stolen one.")
+@click.option("--max-queries", type=click.IntRange(min=1), help="Ask no more than this (default: the whole key).")
+@click.option("--seed", default=0, show_default=True, help="Of the order in which key samples are asked.")
+@click.option("--answer-field", metavar="PATH", help="A foreign API at --url: where its answer has labels or scores.")
+@click.option("--images-field", default="images", show_default=True, help="A foreign API: field of the images.")
+@click.pass_context
+def verify(
+    context: click.Context, /, model: Path | None, key: Path, threshold: float, url: str | None, **how: Any
+) -> int:
+    """Say whether MODEL (safetensors), or the model behind --url, carries the watermark of a key.
+
+    Exit status 0: yes, 1: no.
+    """
+    if (model is None) == (url is None):
+        raise InputError("verify takes a MODEL or --url URL, one of them")
+    from simulator.suspect import verify_file, verify_url
+
+    found: Verdict | SequentialVerdict
+    if url is not None:
+        found, about = verify_url(url, key, threshold, **how)
+    else:
+        given = [name for name in how if context.get_parameter_source(name) is _GIVEN]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} goes with --url, not with a MODEL")
+        assert model is not None
+        found, about = verify_file(model, key, threshold)
+    terminal.console().print(about, soft_wrap=True, highlight=False)
+    return 0 if found.verified else 1
+
+
+@exsim.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Model file (safetensors).")
+@click.option("--budget", required=True, type=int, help="Images that each account may ask.")
+@click.option("--labels", default="soft", show_default=True, help="Answer mode: soft, hard, top-K, round-D, ...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets others in.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option("--accounts", type=int, help="How many accounts there are (default: 1).")
+@click.option("--account", "names", multiple=True, metavar="NAME", help="An account by name; may be repeated.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Ledger and tokens (default: runs/serve_ID).")
+@click.option("--address", help="Ray cluster to serve on (default: a local one).")
+def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: Any) -> int:
+    """Serve a model over HTTP, with bearer tokens and a budget for each account, until Ctrl-C. See docs/http.md."""
+    terminal.quiet_ray()
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # 5 s by default, too few on a busy machine
+    from actors.serving import account_names, served, wait_for_the_end
+
+    try:
+        with served(model, names=account_names(accounts, names), **offer) as (offered, url):
+            terminal.console().print("\n".join(offered.lines(url)), soft_wrap=True, highlight=False, markup=False)
+            wait_for_the_end()
+    except KeyboardInterrupt:
+        pass  # Ctrl-C is how a server is ended
+    return 0
+
+
+@exsim.command("list")
+@click.argument("what", default="all")
+def list_(what: str) -> int:
+    """List attacks, watermarks, detectors, removals, models, datasets, presets or sweeps."""
+    from simulator.cli.listing import show_list
+
+    return show_list(what)
+
+
+def _read(config: str, overrides: tuple[str, ...]) -> RunConfig:
+    from simulator.config import read_config
+
+    return read_config(config, overrides)
+
+
+_DEFAULT = click.core.ParameterSource.DEFAULT
+_GIVEN = click.core.ParameterSource.COMMANDLINE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        status = exsim.main(argv, prog_name="exsim", standalone_mode=False)
+        return int(status or 0)
+    except InputError as error:
+        message = str(error)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        message = error.format_message()
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return terminal.INTERRUPTED
+    print(f"exsim: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

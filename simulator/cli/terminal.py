@@ -1,0 +1,31 @@
+"""What every command does alike: the terminal, paths as a person types them, and Ray kept quiet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+#: exit status after Ctrl-C
+INTERRUPTED = 130
+
+
+def console() -> Console:
+    """The terminal; a table that goes to a file or a pipe is 120 columns wide."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def quiet_ray() -> None:
+    """Settings that Ray reads at import: no usage report, no deprecation notes on the user's terminal."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
