@@ -27,8 +27,7 @@ class Board:
 
     async def read(self) -> dict[str, Notice]:
         """Every task's last notice."""
-        # a copy: Ray writes the reply in a thread of its own, while the next notices come
-        return dict(self._notices)
+        return dict(self._notices)  # Ray packs what is returned in another thread, while the next notices come in
 
 
 BoardActor = ray.remote(num_cpus=0, max_restarts=-1)(Board)

@@ -185,11 +185,11 @@ def _disturb(
     return True
 
 
-def start(arguments: list[str], mark: str, log: Path) -> subprocess.Popen[bytes]:
-    """Starts a driver, whose words replace those of the one before in ``log``."""
+def start(arguments: list[str], mark: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """``exsim`` with some arguments; all its processes inherit the mark, and its words replace those in ``log``, if any."""
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "simulator", *arguments]
-    with log.open("wb") as said:
+    with (log or Path(os.devnull)).open("wb") as said:
         return subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
 
 
