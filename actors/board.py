@@ -27,7 +27,7 @@ class Board:
 
     async def read(self) -> dict[str, Notice]:
         """Every task's last notice."""
-        return self._notices
+        return dict(self._notices)  # Ray packs what is returned in another thread, while the next notices come in
 
 
 BoardActor = ray.remote(num_cpus=0, max_restarts=-1)(Board)

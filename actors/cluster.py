@@ -73,7 +73,8 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
                 ray.init(address=address, **quiet)
             else:
                 quiet["include_dashboard"] = False
-                ray.init(num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
+                # "local": with no address at all Ray would join a cluster that somebody has started on this machine
+                ray.init("local", num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
         except Exception as error:  # of a node that took too long to start, Ray raises no narrower one
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
@@ -218,6 +219,10 @@ def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | N
     if gpu:
         limits["CPU"] = (CPU_BESIDE_GPU, [CPU_BESIDE_GPU] * len(others) + collectors)
     wanted = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
+    if (
+        shares.attackers == "auto" and not gpu
+    ):  # each computes with one thread, so more than cores would only take turns
+        wanted = min(wanted, max(1, int(sum(node.get("CPU", 0) for node in there))))
     least = 1 if shares.attackers == "auto" else wanted
     for resource, (each, rest) in limits.items():
         fit = _how_many(each, rest, resource, there, wanted)

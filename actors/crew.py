@@ -24,6 +24,9 @@ from simulator.rundir import RunDirectory
 from simulator.service import Precision
 from simulator.simulate import World
 
+#: seconds that a first trainer may take to start before the others are started, too
+HEAD_START = 30.0
+
 
 @dataclass
 class Crew:
@@ -55,7 +58,7 @@ class Crew:
         """Starts all but the service and the attackers; what reads or writes the directory, on this node.
 
         Args:
-            trainers: how many are started, before everything that they do not need.
+            trainers: how many are started; one of them stands before everything that it does not need is started.
         """
         path, pinned = str(directory.path), {"scheduling_strategy": here()}
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
@@ -65,11 +68,15 @@ class Crew:
             config.resources.precision,
             f"exsim-{directory.path.name}-{time.time_ns()}",
             worlds=(ray.put(world), ray.put(world.for_attackers())),
-            board=BoardActor.remote(),
+            board=BoardActor.options(**pinned).remote(),
             keeper=KeeperActor.options(**pinned).remote(path),
         )
         for _ in range(trainers):
             crew.new_trainer()
+        if trainers:
+            # A process with torch in it takes two seconds of a core to start. Nobody has work before a benign model is
+            # trained, so the others start while its training leaves cores idle, and not while the trainer starts.
+            ray.wait([crew.workers[0].__ray_ready__.remote()], timeout=HEAD_START)
         crew.ledger = LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger)
         crew.shelf = ShelfActor.options(**pinned).remote(path)
         collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
@@ -94,6 +101,12 @@ class Crew:
             self.app, self.ledger, self.shelf, layout.victim, layout.replicas, precision, attacks, self.log
         )
         return self.service
+
+    def replicas_running(self) -> int:
+        """Replicas of the service that answer, as Serve sees it."""
+        app = serve.status().applications.get(self.app)
+        states: list[Any] = [each.replica_states for each in app.deployments.values()] if app else []
+        return sum(each.get("RUNNING", 0) for each in states)
 
     def new_trainer(self) -> Any:
         """Starts another trainer."""

@@ -7,98 +7,51 @@ The driver only moves references; models and answers go from actor to actor. Wha
 
 so controls run while the marked victims are still training. The service and the attackers start while the benign
 models train. Of the scenarios that can be started, the longest goes first, so that the last to end are short ones.
+
+A process, an object or a node that is lost costs time only. What it had in hand goes back into the queue: trained again
+from its checkpoint, asked again under the same keys, which the ledger does not charge again. What is done lies on the
+driver's node: owners' models from the moment that they are kept, stolen ones from the moment that they are measured.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError
 
-from actors.cluster import Layout
+from actors.cluster import Layout, nodes
 from actors.crew import Crew
+from actors.jobs import ATTEMPTS, Deployment, Failed, Job, Jobs
+from actors.pool import Pool
 from simulator.config import RunConfig
 from simulator.display import Display, Task
-from simulator.errors import one_line
 from simulator.ledger import Ledger
 from simulator.plan import OwnerModel, Plan, Scenario
 from simulator.results import Row
 from simulator.rundir import RunDirectory
 from simulator.simulate import World
 
-#: how often a scenario or a training is started again after its process died
-ATTEMPTS = 3
-#: seconds between two looks at what has finished
-POLL = 0.1
-#: of so many jobs one has to end before they are looked at, where that takes less than POLL
-BATCH = 32
-#: seconds to wait for a service that is starting when the run ends
-START_PATIENCE = 60.0
 #: seconds between two looks at the board and the ledger
 REFRESH = 0.5
-
-Done = Callable[[Any], None]
-Failed = Callable[[str], None]
+#: seconds between two looks at whether nodes were lost, and what is missing since
+LOOK = 5.0
+#: seconds that a trainer or the service may be without a place, once nodes were lost, before an attacker makes room
+ROOM = 30.0
 
 
 @dataclass
 class Owner:
-    """Where an owner's model is: references to the parts that :meth:`actors.workers.Trainer.train` returns."""
+    """Where an owner's model is: references to parts of it that the collector has returned, on the driver's node."""
 
     model: ObjectRef[bytes]
     triggers: ObjectRef[Any]
-
-
-@dataclass
-class Job:
-    """One remote call under way, and what to do when it ends. ``again`` starts it anew, in a new process, after its
-    process died.
-
-    The last of its references tells that it has ended, and is the only one whose value the driver fetches.
-    """
-
-    done: Done
-    failed: Failed
-    again: Callable[[], list[ObjectRef[Any]]] | None = None
-    attempts: int = 1
-    refs: list[ObjectRef[Any]] = field(default_factory=list)
-
-
-class Deployment:
-    """The service as it starts, in a thread of its own: the run goes on meanwhile."""
-
-    def __init__(self, start: Callable[[], Any]) -> None:
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(start,), daemon=True)
-        self._thread.start()
-
-    def _run(self, start: Callable[[], Any]) -> None:
-        try:
-            self._result = start()
-        except BaseException as error:
-            self._error = error
-
-    def handle(self) -> Any:
-        """The service's handle, or None while it starts.
-
-        Raises:
-            BaseException: what kept it from starting.
-        """
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def wait(self) -> None:
-        """Waits until it has started, or could not."""
-        self._thread.join(START_PATIENCE)
 
 
 class RayRun:
@@ -115,7 +68,7 @@ class RayRun:
     ) -> None:
         self._config, self._plan, self._directory, self._display = config, plan, directory, display
         self._layout = layout
-        self._jobs: dict[ObjectRef[Any], Job] = {}
+        self._jobs = Jobs()
         # by id: to compare scenarios, settings and all, takes longer than to run through thousands of them
         longest_first = sorted(directory.open_scenarios(plan), key=lambda scenario: -scenario.work)
         self._open = {scenario.id: scenario for scenario in longest_first}
@@ -137,12 +90,15 @@ class RayRun:
         # its trainer, and all the rest for the benign models
         self._crew = Crew.start(config, world, directory, layout, trainers=layout.trainers)
         self._ledger, self._board, self._collector = self._crew.ledger, self._crew.board, self._crew.collector
-        self._trainers: deque[Any] = deque(self._crew.workers)
+        self._trainers = Pool(self._new_trainer, self._crew.workers)
         # the owner's models all go to one, in their order: a victim is measured beside its benign model
         self._collectors: deque[Any] = deque(self._crew.collectors)
         self._handle: Any = None
-        self._attackers: deque[Any] = deque(self._new_attacker() for _ in range(layout.attackers))
+        self._attackers = Pool(self._new_attacker)
+        self._attackers.fill(layout.attackers)
         self._untrained = deque(plan.benigns)
+        self._attempts: Counter[str] = Counter()
+        self._nodes, self._looked, self._missing_since = len(nodes()), time.monotonic(), 0.0
 
     def _open_accounts(self) -> None:
         """Opens every account before there is a ledger actor: a damaged log, or an account that an earlier run of this
@@ -161,11 +117,12 @@ class RayRun:
         deployment = Deployment(lambda: self._crew.serve(self._plan.attacks))
         try:
             self._start_trainings()
-            while self._jobs or self._handle is None:
-                self._finish_some()
+            while self._jobs or self._handle is None or self._untrained or self._open:
+                self._jobs.finish_some()
                 if self._handle is None and (handle := deployment.handle()) is not None:
                     self._handle = handle
                     self._start_thefts()
+                self._muster()
                 self._refresh()
         finally:
             deployment.wait()  # else it would go on with a Ray that is gone, and start another
@@ -179,37 +136,7 @@ class RayRun:
             self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 
-    # -- jobs ------------------------------------------------------------------------------------------------------
-
-    def _submit(self, job: Job, refs: Sequence[ObjectRef[Any]]) -> None:
-        job.refs = list(refs)
-        self._jobs[refs[-1]] = job
-
-    def _finish_some(self) -> None:
-        """Waits a moment for jobs to end, and goes on from those that have."""
-        if not self._jobs:
-            time.sleep(POLL)
-            return
-        # one look costs time for every job: where they are many, it is worth waiting until some have ended
-        jobs = list(self._jobs)
-        for ref in ray.wait(jobs, num_returns=1 + len(jobs) // BATCH, timeout=POLL)[0]:
-            self._finish(ref)
-
-    def _finish(self, ref: ObjectRef[Any]) -> None:
-        job = self._jobs.pop(ref)
-        try:
-            value = ray.get(ref)
-        except RayTaskError as error:  # first, for it is also of its cause's type, which may be another actor's death
-            job.failed(one_line(error.cause))
-            return
-        except RayError as error:  # the process died, or ran out of memory
-            if job.again is not None and job.attempts < ATTEMPTS:
-                job.attempts += 1
-                self._submit(job, job.again())
-            else:
-                job.failed(f"its process died {job.attempts} times: {one_line(error)[:200]}")
-            return
-        job.done(value)
+    # -- who works -------------------------------------------------------------------------------------------------
 
     def _new_trainer(self) -> Any:
         return self._crew.new_trainer()
@@ -217,50 +144,106 @@ class RayRun:
     def _new_attacker(self) -> Any:
         return self._crew.new_attacker()
 
+    def _worn_out(self, name: str) -> bool:
+        """Counts that a piece of work was lost, or failed; whether it is not begun again."""
+        self._attempts[name] += 1
+        return self._attempts[name] >= ATTEMPTS
+
+    def _muster(self) -> None:
+        """Gives work to those who have come, and replaces those who died as far as there is work and room."""
+        if self._trainers.look():
+            self._start_trainings()
+        if self._attackers.look():
+            self._start_thefts()
+        self._make_room()
+        if self._untrained:
+            self._trainers.fill(self._layout.trainers)
+        if self._open and not self._missing_since:
+            self._attackers.fill(self._layout.attackers)
+        if self._untrained and (why := self._trainers.lost) is not None:
+            self._lose(self._untrained.popleft(), f"no trainer could be started: {why}")
+        if self._open and (why := self._attackers.lost) is not None:
+            scenario = self._open.pop(next(iter(self._open)))
+            self._fail(scenario, f"no attacker could be started: {why}", 0, self._plan.keys_for(scenario))
+
+    def _make_room(self) -> None:
+        """After the loss of a node attackers may hold what the trainer or the service needs: they give way, one after
+        the other, until both are there again."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        self._looked, up = now, len(nodes())
+        self._nodes = max(self._nodes, up)
+        if up == self._nodes or (self._training() and self._serving()):
+            self._missing_since = 0.0
+        elif not self._missing_since or (now - self._missing_since > ROOM and self._attackers.shed()):
+            self._missing_since = now
+
+    def _training(self) -> bool:
+        return not self._untrained or self._trainers.working
+
+    def _serving(self) -> bool:
+        return self._handle is not None and self._crew.replicas_running() > 0
+
     # -- the owner's side ------------------------------------------------------------------------------------------
 
     def _start_trainings(self) -> None:
-        while self._trainers and self._untrained:
-            self._train(self._trainers.popleft(), self._untrained.popleft())
+        while self._untrained and (self._trainers or self._directory.has_owner(self._untrained[0])):
+            spec = self._untrained.popleft()
+            if self._directory.has_owner(spec):
+                self._keep(spec, self._collector.load_owner.options(num_returns=3).remote(spec))
+            else:
+                self._train(self._trainers.take(), spec)
 
     def _train(self, trainer: Any, spec: OwnerModel) -> None:
-        benign = self._owners[spec.benign.id].model if spec.watermark else None
-
-        worker = [trainer]
-
-        def start() -> list[ObjectRef[Any]]:
-            if self._directory.has_owner(spec):
-                return list(self._collector.load_owner.options(num_returns=4).remote(spec))
-            return list(worker[-1].train.options(num_returns=4).remote(spec, benign))
-
-        def again() -> list[ObjectRef[Any]]:
-            worker.append(self._new_trainer())
-            return start()
-
         def free() -> None:
             self._running.pop(spec.id, None)
-            self._trainers.append(worker[-1])
+            self._trainers.give_back(trainer)
             self._start_trainings()
 
         def done(_: Any) -> None:
-            model, owner, triggers, _seconds = job.refs
-            self._owners[spec.id] = Owner(model, triggers)
-            if spec.watermark is None:
-                # a marked victim needs nothing of the benign one but its weights
-                self._untrained.extend(victim for victim in self._plan.victims if victim.benign.id == spec.id)
-            measured = self._collector.add_owner.remote(spec, owner)
-            self._submit(
-                Job(lambda rows: self._measured_owner(spec, rows), lambda why: self._lose(spec, why)), [measured]
-            )
+            self._keep(spec, self._collector.keep_owner.options(num_returns=3).remote(spec, job.refs[0]))
             free()
 
         def failed(why: str) -> None:
-            self._lose(spec, why)
-            free()
+            self._running.pop(spec.id, None)
+            self._trainers.give_back(trainer)
+            self._train_again(spec, why)
+
+        def lost(why: str) -> None:
+            self._running.pop(spec.id, None)
+            self._trainers.drop(trainer)
+            self._train_again(spec, f"its process died: {why}")
 
         self._running[spec.id] = spec.id
-        job = Job(done, failed, again)
-        self._submit(job, start())
+        job = Job(done, failed, lost)
+        benign = self._owners[spec.benign.id].model if spec.watermark else None
+        self._jobs.submit(job, trainer.train.options(num_returns=2).remote(spec, benign))
+
+    def _train_again(self, spec: OwnerModel, why: str) -> None:
+        if self._worn_out(spec.id):
+            self._lose(spec, why)
+        else:
+            self._untrained.appendleft(spec)
+        self._start_trainings()
+
+    def _keep(self, spec: OwnerModel, refs: Sequence[ObjectRef[Any]]) -> None:
+        """Goes on with an owner's model when it is on disk; if it was lost before, it is trained again."""
+
+        def done(_: Any) -> None:
+            model, triggers, _seconds = refs
+            self._owners[spec.id] = Owner(model, triggers)
+            measured = self._collector.measure_owner.remote(spec)
+            self._jobs.submit(
+                Job(lambda rows: self._measured_owner(spec, rows), lambda why: self._lose(spec, why), self._broken),
+                [measured],
+            )
+            if spec.watermark is None:
+                # a marked victim needs nothing of the benign one but its weights
+                self._untrained.extend(victim for victim in self._plan.victims if victim.benign.id == spec.id)
+                self._start_trainings()
+
+        self._jobs.submit(Job(done, lambda why: self._lose(spec, why), lambda why: self._train_again(spec, why)), refs)
 
     def _measured_owner(self, spec: OwnerModel, rows: list[Row]) -> None:
         self._measurable.add(spec.id)
@@ -295,26 +278,15 @@ class RayRun:
             if scenario.victim.id not in self._measurable or (of is not None and of.id not in self._measurable):
                 continue
             del self._open[scenario.id]
-            self._steal(self._attackers.popleft(), scenario)
+            self._steal(self._attackers.take(), scenario)
 
     def _steal(self, attacker: Any, scenario: Scenario) -> None:
         tokens = self._directory.tokens(scenario)
         triggers = self._owners[scenario.triggers_of.id].triggers if scenario.triggers_of else None
 
-        worker = [attacker]
-
-        def start() -> list[ObjectRef[Any]]:
-            record, detectors = self._config.save_transfer_sets, self._config.detectors
-            theft = worker[-1].run.options(num_returns=2)
-            return list(theft.remote(self._handle, scenario, tokens, triggers, record, detectors))
-
-        def again() -> list[ObjectRef[Any]]:
-            worker.append(self._new_attacker())
-            return start()
-
         def free() -> None:
             self._running.pop(scenario.id, None)
-            self._attackers.append(worker[-1])
+            self._attackers.give_back(attacker)
             self._start_thefts()
 
         def done(_: Any) -> None:
@@ -322,14 +294,32 @@ class RayRun:
             self._measure_thefts()
             free()
 
-        def failed(why: str) -> None:
-            spent = ray.get(self._ledger.spent.remote(list(scenario.accounts)))
-            self._fail(scenario, why, spent, self._plan.keys_for(scenario))
-            free()
+        def failed(why: str) -> None:  # of a passing want, maybe: of memory, of disk, of time
+            self._running.pop(scenario.id, None)
+            self._attackers.give_back(attacker)
+            self._steal_again(scenario, why)
+
+        def lost(why: str) -> None:
+            self._running.pop(scenario.id, None)
+            if self._attackers.drop(attacker):
+                self._steal_again(scenario, f"its process died: {why}")
+            else:  # it made room
+                self._open = {scenario.id: scenario} | self._open
 
         self._running[scenario.id] = scenario.id
-        job = Job(done, failed, again)
-        self._submit(job, start())
+        job = Job(done, failed, lost)
+        record, detectors = self._config.save_transfer_sets, self._config.detectors
+        theft = attacker.run.options(num_returns=2)
+        self._jobs.submit(job, theft.remote(self._handle, scenario, tokens, triggers, record, detectors))
+
+    def _steal_again(self, scenario: Scenario, why: str) -> None:
+        """The next that is free begins where the checkpoint is; what was asked since is answered without charge."""
+        if self._worn_out(scenario.id):
+            spent = ray.get(self._ledger.spent.remote(list(scenario.accounts)))
+            self._fail(scenario, why, spent, self._plan.keys_for(scenario))
+        else:
+            self._open = {scenario.id: scenario} | self._open
+        self._start_thefts()
 
     def _measure_thefts(self) -> None:
         """Has every stolen model measured whose keys are all there, or will never be."""
@@ -346,18 +336,19 @@ class RayRun:
             if good:
                 charged = self._ledger.spent.remote(list(scenario.accounts))
                 self._collectors.rotate()
-                self._report(self._collectors[0].add_stolen.remote(scenario, theft, charged, good))
+                rows = self._collectors[0].add_stolen.remote(scenario, theft, charged, good)
+                self._report(rows, partial(self._steal_again, scenario))
 
     def _fail(self, scenario: Scenario, why: str, queries: int, keys: Sequence[OwnerModel]) -> None:
         self._report(self._collector.add_failure.remote(scenario, why, queries, keys))
 
-    def _report(self, rows: ObjectRef[list[Row]]) -> None:
-        """Shows the rows when they are written. A collector that fails cannot be worked around: it ends the run."""
+    def _report(self, rows: ObjectRef[list[Row]], lost: Failed | None = None) -> None:
+        """Shows the rows when they are written."""
+        self._jobs.submit(Job(self._display.rows, self._broken, lost or self._broken), [rows])
 
-        def failed(why: str) -> None:
-            raise RuntimeError(f"the collector failed: {why}")
-
-        self._submit(Job(self._display.rows, failed), [rows])
+    def _broken(self, why: str) -> None:
+        """A collector that fails cannot be worked around: it ends the run."""
+        raise RuntimeError(f"the collector failed: {why}")
 
     # -- what the user sees ----------------------------------------------------------------------------------------
 

@@ -217,7 +217,11 @@ def _other_terms(name: str, old: Terms, new: Terms) -> str:
         for field in ("victim", "labels", "budget")
         if getattr(old, field) != getattr(new, field)
     )
-    return f"account {name} was opened there on other terms ({found or 'another token'}); take another --dir or account"
+    # the directory is the default one where none was given: a budget must not begin anew because it was typed anew
+    return (
+        f"account {name} was opened there with {found or 'another token'}, and an account keeps its terms; "
+        f"ask for those to go on with it, or open another with --account NAME or --dir DIR"
+    )
 
 
 @contextmanager

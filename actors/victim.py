@@ -54,8 +54,12 @@ MAX_QUEUED = 256
 WINDOW = 2
 #: queries in one message at most
 PACK = 4
-#: seconds a client goes on asking for a lost answer
-PATIENCE = 120.0
+#: seconds a client waits for an answer before it asks again
+WAIT = 120.0
+#: seconds a client goes on asking for a lost answer: after the loss of a node the service may have to wait for another
+PATIENCE = 900.0
+#: how often a message is sent at least before it is given up
+LEAST_TRIES = 3
 
 #: the reply to one query: probability rows ``(B, K)``, or why it was refused
 Answer = NDArray[np.float32] | InputError
@@ -287,11 +291,16 @@ class ServeTransport:
         return message
 
     def _result(self, message: list[Query], response: Any) -> list[Answer]:
+        # Not the clock alone decides: a machine that was suspended, or starved, has asked once and waited for nothing.
+        # To ask again is free, for the key is the same.
         deadline, pause = time.monotonic() + self._patience, 0.05
+        asked = 0
         while True:
+            asked += 1
+            enough = asked >= LEAST_TRIES and time.monotonic() > deadline
             try:
-                answers: list[Answer] = response.result(timeout_s=self._patience)
-                if not isinstance(answers[0], Busy) or time.monotonic() > deadline:
+                answers: list[Answer] = response.result(timeout_s=min(WAIT, self._patience))
+                if not isinstance(answers[0], Busy) or enough:
                     return answers
             except RayTaskError as error:
                 # the ledger knows no such account: wrapped once for each actor that this passed
@@ -302,7 +311,7 @@ class ServeTransport:
                     raise cause from None
                 raise
             except (RayActorError, RayServeException, TimeoutError):
-                if time.monotonic() > deadline:
+                if enough:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, 2.0)

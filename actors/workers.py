@@ -34,12 +34,13 @@ if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the t
 
     from actors.victim import ServeTransport, Victim
 
-#: an owner's model as bytes for the service, all of it for the collector, the triggers for thieves, and its seconds
-Parts = tuple[bytes, TrainedOwner, KeySamples | None, float]
+#: of an owner's model what others need: its weights for whoever trains on from them, the triggers for thieves; and,
+#: for the driver, its seconds
+Parts = tuple[bytes, KeySamples | None, float]
 
 
 def _parts(owner: TrainedOwner) -> Parts:
-    return to_bytes(owner.model), owner, owner.triggers, owner.seconds
+    return to_bytes(owner.model), owner.triggers, owner.seconds
 
 
 class Trainer:
@@ -49,13 +50,16 @@ class Trainer:
         self._world, self._board, self._keeper = world, board, keeper
         self._device = settle(placement)
 
-    def train(self, spec: OwnerModel, benign: bytes | None) -> Parts:
-        """Trains a model of the owner's; a marked one needs the benign model as bytes."""
+    def train(self, spec: OwnerModel, benign: bytes | None) -> tuple[TrainedOwner, float]:
+        """Trains a model of the owner's; a marked one needs the benign model as bytes. Also the seconds, for who waits.
+
+        What is returned lies on this node until :meth:`CollectorService.keep_owner` has written it.
+        """
         start = from_bytes(benign) if benign is not None else None
         progress, checkpoint = Posting(self._board, spec.id), kept(self._keeper, spec.id)
         owner = train_owner(spec, self._world, start, self._device, progress, checkpoint)
         owner.model.cpu()
-        return _parts(owner)
+        return owner, owner.seconds
 
     def train_phase(self, spec: OwnerModel, benign: bytes, phase: str) -> HalfTrained:
         """See :func:`simulator.simulate.train_phase`; :meth:`train` goes on from there, in any trainer."""
@@ -110,6 +114,8 @@ class CollectorService:
 
     It may be killed at any moment: what it was given is on disk before it is measured, a row that is written again
     replaces itself, and a collector that is started again reads the owner's models and keys when it needs them.
+
+    What it returns lies on the driver's node, where it outlives the node of whoever made it.
     """
 
     def __init__(self, path: str, config: RunConfig, dataset_name: str) -> None:
@@ -119,15 +125,21 @@ class CollectorService:
         self._collector = Collector(Path(path), config, dataset_name, test, held_out)
 
     def load_owner(self, spec: OwnerModel) -> Parts:
-        """An owner's model that an earlier run of this directory has trained, as :meth:`Trainer.train` returns it."""
+        """An owner's model that is on disk."""
         owner = self._directory.load_owner(spec)
         assert owner is not None
         return _parts(owner)
 
-    def add_owner(self, spec: OwnerModel, owner: TrainedOwner) -> list[Row]:
-        """Keeps an owner's model on disk and measures it."""
+    def keep_owner(self, spec: OwnerModel, owner: TrainedOwner) -> Parts:
+        """Writes an owner's model to disk."""
         self._directory.save_owner(spec, owner)
         self._directory.checkpoints.clear(spec.id)
+        return _parts(owner)
+
+    def measure_owner(self, spec: OwnerModel) -> list[Row]:
+        """Measures an owner's model that is on disk; a benign one has rows with each key only."""
+        owner = self._directory.load_owner(spec)
+        assert owner is not None
         return self._know(spec, owner)
 
     def benign_accuracy(self, spec: OwnerModel) -> float:

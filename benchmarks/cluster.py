@@ -1,7 +1,12 @@
 """A run on several nodes against the plain loop on one: equal rows, and a node that is lost costs time only.
 
     python -m benchmarks.cluster --nodes 4            the nodes are processes of this machine
-    python -m benchmarks.cluster --nodes 4 --lose     one of them is removed as soon as an attacker there has paid
+    python -m benchmarks.cluster --nodes 4 --lose attacker       and one of them is removed in mid-run
+
+A node is removed as by a power cut: all its processes are killed, and the objects that lay there are gone.
+``attacker``: the first node, other than the driver's, on which an attacker has paid; ``trainer`` and ``replica``: the
+one where the marked victim is being trained, or where the service answers an attacker. In these two the collector fills
+the driver's node and attackers all others, so that one of them has to make room.
 
 Every node has room for one attacker beside what else it holds, so that a run spreads over all of them. With ``--gpus``
 each has a logical GPU, which attackers share by halves.
@@ -25,6 +30,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 from rich.console import Console
 
 from actors.cluster import connected, lay_out
@@ -33,7 +39,7 @@ from simulator.config import RunConfig, check_config
 from simulator.display import Display
 from simulator.ledger import Ledger
 from simulator.local import run_config
-from simulator.plan import Scenario
+from simulator.plan import OwnerModel, Scenario
 from simulator.preflight import prepare
 from simulator.results import Row
 from simulator.rundir import RunDirectory
@@ -42,7 +48,7 @@ from simulator.rundir import RunDirectory
 TIMES = {"seconds", "started", "finished"}
 
 
-def workload(epochs: int = 6, share: float = 1.0) -> RunConfig:
+def workload(epochs: int = 6, share: float = 1.0, collector: float = 0.125) -> RunConfig:
     """Six thefts, each from a marked victim and from the benign model; ``share`` of a CPU or GPU for an attacker."""
     recipe = {"epochs": epochs, "batch_size": 64, "learning_rate": 2e-3}
     return check_config(
@@ -53,7 +59,7 @@ def workload(epochs: int = 6, share: float = 1.0) -> RunConfig:
             "watermarks": [{"name": "deeptracer", "first_epochs": 3, "second_epochs": 4, "candidates": 60}],
             "key_filter": {"architecture": "naivenet", "queries": 100, "keep": 20, "training": recipe},
             "scenarios": [{"attack": {"name": "knockoff", "training": recipe}, "budget": [400, 500, 600]}],
-            "resources": {"attacker": share, "trainer": 0.25, "victim": 0.125, "collector": 0.125},
+            "resources": {"attacker": share, "trainer": 0.25, "victim": 0.125, "collector": collector},
         }
     )
 
@@ -75,31 +81,57 @@ def node_of(_: object) -> tuple[str, list[int]]:
 
 
 class OnNodes(RayRun):
-    """Notes where attackers are, and takes a node away when an attacker there has paid."""
+    """Notes where attackers are, and takes a node away."""
 
     cluster: Any = None
-    lose = False
+    lose: str | None = None
     found: Found
+
+    def _train(self, trainer: Any, spec: OwnerModel) -> None:
+        where = trainer.__ray_call__.remote(node_of)
+        super()._train(trainer, spec)
+        if self.lose == "trainer" and spec.watermark is not None and not self.found.lost:
+            while not ray.get(self._board.read.remote()).get(spec.id):
+                time.sleep(0.01)
+            self._remove(ray.get(where)[0])
 
     def _steal(self, attacker: Any, scenario: Scenario) -> None:
         where = attacker.__ray_call__.remote(node_of)
         super()._steal(attacker, scenario)
-        node, gpus = ray.get(where)
+        try:
+            node, gpus = ray.get(where)
+        except RayActorError:  # it was on the node that is lost
+            return
         self.found.where[node] += 1
         self.found.shares.update((node, gpu) for gpu in gpus)
-        head = ray.get_runtime_context().get_node_id()
-        if self.lose and not self.found.lost and node != head:
+        if self.found.lost or self.lose not in ("attacker", "replica"):
+            return
+        if self.lose == "replica":
+            node = ray.get(replica(self._crew.app).__ray_call__.remote(node_of))[0]
+        if node != ray.get_runtime_context().get_node_id():
             while not ray.get(self._ledger.spent.remote(list(scenario.accounts))):
                 time.sleep(0.01)
-            self.found.lost = node
-            (gone,) = [each for each in self.cluster.list_all_nodes() if each.node_id == node]
-            self.cluster.remove_node(gone, allow_graceful=False)
+            self._remove(node)
+
+    def _remove(self, node: str) -> None:
+        (gone,) = [each for each in self.cluster.list_all_nodes() if each.node_id == node]
+        assert gone.node_id != ray.get_runtime_context().get_node_id()
+        self.found.lost = node
+        self.cluster.remove_node(gone, allow_graceful=False)
 
 
-def on_nodes(config: RunConfig, out: Path, nodes: int, *, lose: bool = False, gpus: int = 0) -> Found:
+def replica(app: str) -> Any:
+    """The actor of an application's only replica."""
+    named: Any = ray.util.list_named_actors(all_namespaces=True)
+    (found,) = [each for each in named if f"::{app}#" in each["name"]]
+    return ray.get_actor(found["name"], found["namespace"])
+
+
+def on_nodes(config: RunConfig, out: Path, nodes: int, *, lose: str | None = None, gpus: int = 0) -> Found:
     """Runs on a cluster of ``nodes`` processes of this machine; the rows go to ``out``."""
     size = {"num_cpus": 2, "num_gpus": gpus, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args=size)
+    head = {"num_cpus": 1, "num_gpus": 0} if lose in ("trainer", "replica") else {}
+    cluster = Cluster(initialize_head=True, head_node_args={**size, **head, "include_dashboard": False})
     try:
         for _ in range(nodes - 1):
             cluster.add_node(**size)
@@ -136,12 +168,13 @@ def main() -> int:
     """``python -m benchmarks.cluster``; 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--lose", action="store_true", help="remove a node in mid-run")
+    parser.add_argument("--lose", choices=["attacker", "trainer", "replica"], help="remove its node in mid-run")
     parser.add_argument("--gpus", type=int, default=0, help="logical ones, a node")
     parser.add_argument("--epochs", type=int, default=6)
     options = parser.parse_args()
     # with logical GPUs two attackers share one; without, one fills more than half a node
-    config = workload(options.epochs, 0.5 if options.gpus else 1.0)
+    alone = options.lose in ("trainer", "replica")
+    config = workload(options.epochs, 0.5 if options.gpus else 1.0, 1.0 if alone else 0.125)
     with tempfile.TemporaryDirectory(prefix="exsim-nodes-") as folder:
         reference = run_config(config, Path(folder) / "one")
         found = on_nodes(config, Path(folder) / "many", options.nodes, lose=options.lose, gpus=options.gpus)

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,14 +39,16 @@ from rich.table import Table
 
 from actors.cluster import Layout, connected
 from actors.devices import Placement
+from actors.pool import Pool
 from actors.runner import RayRun
 from actors.victim import PACK, direct
 from benchmarks.measure import machine
 from simulator.config import RunConfig, check_config
+from simulator.detectors.base import Detector
 from simulator.display import Display
 from simulator.errors import InputError
 from simulator.ledger import Ledger
-from simulator.models import build, to_bytes
+from simulator.models import build
 from simulator.oracle import CHUNK
 from simulator.plan import OwnerModel, Scenario
 from simulator.preflight import prepare
@@ -94,7 +97,7 @@ class Trainers(Host):
         use_one_thread()
         self._world = world
 
-    def train(self, spec: OwnerModel, benign: bytes | None) -> tuple[bytes, TrainedOwner, KeySamples | None, float]:
+    def train(self, spec: OwnerModel, benign: bytes | None) -> tuple[TrainedOwner, float]:
         """As :meth:`actors.workers.Trainer.train`."""
         data, generator = self._world.dataset, torch.Generator().manual_seed(0)
         model = build(spec.architecture, channels=data.channels, size=data.size, classes=data.classes).eval()
@@ -103,27 +106,35 @@ class Trainers(Host):
             shape = (KEY, data.channels, data.size, data.size)
             images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
             key = KeySamples(images, torch.zeros(KEY, dtype=torch.int64), data.classes, {"filter": "none"})
-        return to_bytes(model), TrainedOwner(model, key, key, None, 0.0, datetime.now(UTC)), key, 0.0
+        return TrainedOwner(model, key, key, None, 0.0, datetime.now(UTC)), 0.0
 
 
 class Attackers(Host):
     """Many attackers in one process, a coroutine each, who ask and do not learn."""
 
-    def __init__(self, world: World, handle: Any, think: float) -> None:
+    def __init__(self, world: World, think: float) -> None:
         use_one_thread()
-        self._world, self._handle, self._think = world, direct(handle), think
+        self._handle, self._think = None, think
         data = world.dataset
         self._model = build("linear", channels=data.channels, size=data.size, classes=data.classes).eval()
         self._images = data.attacker.images.repeat(2, 1, 1, 1)[:CHUNK].numpy()
 
     async def run(
-        self, scenario: Scenario, tokens: dict[str, str], triggers: KeySamples | None, record: bool
+        self,
+        service: Any,
+        scenario: Scenario,
+        tokens: dict[str, str],
+        triggers: KeySamples | None,
+        record: bool,
+        detectors: Sequence[Detector] = (),
     ) -> tuple[Theft, int]:
         """As :meth:`actors.workers.Attacker.run`: spends the budget, a step's time between two messages.
 
         The messages are those of :class:`actors.victim.ServeTransport`, which would need a thread for each attacker:
         hundreds of threads in a process spend their time on Python's lock.
         """
+        if self._handle is None:
+            self._handle = direct(service)
         started, clock = datetime.now(UTC), time.perf_counter()
         ((account, token),) = tokens.items()
         asked = key = 0
@@ -151,6 +162,7 @@ class Simulated(RayRun):
         self.began = self.cpu_at_start = 0.0
         self.before: dict[int, tuple[str, float, float]] = {}
         super().__init__(*arguments)
+        self._trainers = Pool(self._new_trainer, [self._new_trainer()])
 
     def watched_by(self, watch: Watch) -> None:
         """Where CPU seconds are read when the first theft begins."""
@@ -159,7 +171,7 @@ class Simulated(RayRun):
     def _steal(self, attacker: Any, scenario: Scenario) -> None:
         if not self.began:
             # a process with torch in it takes seconds of CPU to start, which is not what is asked here
-            ray.get([worker.ready.remote() for worker in set(self._workers)])
+            ray.get([worker.ready.remote() for worker in set(self._crew.workers)])
             assert self._watch is not None
             self._watch.look()
             self.before, self.began = dict(self._watch.uses), time.perf_counter()
@@ -167,14 +179,14 @@ class Simulated(RayRun):
         super()._steal(attacker, scenario)
 
     def _new_trainer(self) -> Any:
-        self._workers.append(ray.remote(num_cpus=SHARE)(Trainers).remote(self._world))
-        return self._workers[-1]
+        self._crew.workers.append(ray.remote(num_cpus=SHARE)(Trainers).remote(self._crew.worlds[0]))
+        return self._crew.workers[-1]
 
     def _new_attacker(self) -> Any:
         if not self._places:
             kind: Any = ray.remote(num_cpus=SHARE, max_concurrency=EACH)(Attackers)
-            self._workers.append(kind.remote(self._world_for_attackers, self._handle, self.think))
-            self._places.extend([self._workers[-1]] * EACH)
+            self._crew.workers.append(kind.remote(self._crew.worlds[1], self.think))
+            self._places.extend([self._crew.workers[-1]] * EACH)
         return self._places.popleft()
 
 
@@ -303,7 +315,8 @@ def simulate(
         directory = RunDirectory.create(config, Path(folder) / "run")
         count = len(plan.scenarios)
         share = Placement(False, SHARE)
-        layout = Layout(False, count, 1, 1, 1, share, share, share, share)
+        # no trainer of the crew's own: the one that does as if it trained is started by itself
+        layout = Layout(False, count, 0, 1, 1, share, share, share, share)
         with connected(None, directory.path / "logs", cpus=8):
             Simulated.think = think
             display = Display(Console(quiet=True), total=count, quiet=True)

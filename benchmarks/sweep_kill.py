@@ -72,10 +72,10 @@ def kill_and_resume(source: str, overrides: Sequence[str], part: float, folder: 
     changes = [word for each in overrides for word in ("--set", each)]
     unbroken, broken = folder / "unbroken", folder / "broken"
     clock = [time.monotonic()]
-    _finish(["sweep", source, *changes, "--out", str(unbroken)], mark)
+    _finish(["sweep", source, *changes, "--out", str(unbroken)], mark, unbroken.with_suffix(".log"))
     clock.append(time.monotonic())
     count = len(_parts(unbroken))
-    driver = chaos.start(["sweep", source, *changes, "--out", str(broken)], mark)
+    driver = chaos.start(["sweep", source, *changes, "--out", str(broken)], mark, broken.with_suffix(".log"))
     try:
         while driver.poll() is None and len(_parts(broken)) < part * count:
             time.sleep(POLL)
@@ -88,7 +88,7 @@ def kill_and_resume(source: str, overrides: Sequence[str], part: float, folder: 
     report = Report(rows_at_kill=len(rows), ended_at_kill=_ended(broken))
     if status != -9:
         report.faults.append(f"the sweep ended by itself before the kill, with status {status}")
-    _finish(["sweep", "--resume", str(broken)], mark)
+    _finish(["sweep", "--resume", str(broken)], mark, broken.with_suffix(".log"))
     clock.append(time.monotonic())
     report.seconds = tuple(later - earlier for earlier, later in itertools.pairwise(clock))
     compare(unbroken, broken, rows, report)
@@ -122,8 +122,8 @@ def compare(unbroken: Path, broken: Path, before: dict[Any, Row], report: Report
     report.faults += [*audited.faults, *(f"computed again: {name}" for name in again)]
 
 
-def _finish(arguments: list[str], mark: str) -> None:
-    driver = chaos.start(arguments, mark)
+def _finish(arguments: list[str], mark: str, log: Path) -> None:
+    driver = chaos.start(arguments, mark, log)
     try:
         status = driver.wait()
     finally:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from simulator.errors import InputError
 from simulator.models import load_model
@@ -66,6 +67,14 @@ def paper_stolen(scheme: str, attack: str, labels: str) -> tuple[float, float] |
         return None
     at = 2 * COLUMNS_2.index((attack, labels))
     return TABLE_2[scheme][at], TABLE_2[scheme][at + 1]
+
+
+#: accuracy, in [0, 1], from which a stolen model is of use to a thief: the WSR of a copy that guesses says little
+USABLE = 0.5
+
+
+def _mean(values: Sequence[float], otherwise: float | None = None) -> Any:
+    return sum(values) / len(values) if values else otherwise
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,8 @@ class Tables:
         return markdown(headings, body)
 
     def stolen(self, wsr: Callable[[Measured], float | None], *, paper: bool, control: bool = False) -> str:
-        """Table 2: accuracy / WSR of every theft, and the mean WSR over all of them; schemes by that mean."""
+        """Table 2: accuracy / WSR of every theft, the mean WSR over all of them, and over those thefts whose copies are
+        of use (:data:`USABLE`); schemes by the latter."""
         headings = ["scheme"]
         for column in self.columns:
             with_paper = (
@@ -200,20 +210,21 @@ class Tables:
                 and any(paper_stolen(self._names[s], *self._attacks[column]) for s in self.schemes)
             )
             headings += [column, "paper"] if with_paper else [column]
-        headings.append("mean WSR")
+        headings += ["mean WSR", f"mean, accuracy ≥ {100 * USABLE:.0f}"]
         body: list[tuple[float, list[str]]] = []
         for scheme in self.schemes:
-            cells, means = [scheme], []
+            cells, means, usable = [scheme], [], []
             for column in self.columns:
                 found = self._of(scheme, "stolen", column, control)
                 value = stat(wsr(each) for each in found)
                 means += [value.mean] if value else []
+                accuracy = stat(each.row.accuracy for each in found)
+                usable += [value.mean] if value and accuracy and accuracy.mean >= USABLE else []
                 cells.append(f"{spread(each.row.accuracy for each in found)} / {spread(map(wsr, found))}")
-                if len(headings) > len(self.columns) + 2 and headings[len(cells)] == "paper":
+                if len(headings) > len(self.columns) + 3 and headings[len(cells)] == "paper":
                     figure = paper_stolen(self._names[scheme], *self._attacks[column])
                     cells.append(NONE if figure is None else f"{figure[0]:.1f} / {figure[1]:.1f}")
-            average = sum(means) / len(means) if means else -1.0
-            body.append((average, [*cells, f"{100 * average:.1f}" if means else NONE]))
+            body.append((_mean(usable, -1.0), [*cells, spread([_mean(means)]), spread([_mean(usable)])]))
         return markdown(headings, [cells for _, cells in sorted(body, key=lambda entry: -entry[0])])
 
     def contract(self) -> str:

@@ -159,7 +159,7 @@ class Resources(Settings):
     """How a run uses a Ray cluster. Shares are of a GPU where the run uses GPUs, else of a CPU. The defaults fit one.
 
     Attributes:
-        attackers: how many attackers work at once; ``"auto"`` is as many as fit.
+        attackers: how many attackers work at once; ``"auto"`` is as many as fit, and without GPUs no more than cores.
         attacker, trainer, victim, collector: share of each actor.
         trainers: how many victims are trained at once.
         replicas: of the prediction service.

@@ -44,6 +44,10 @@ PROCESS = 750 << 20
 GPU_RATE = 1e12
 #: seconds of measuring for each architecture
 PATIENCE = 0.4
+#: operations of a step that is measured, at most, unless that is less than two images: half a second or so of a core
+STEP = 10**10
+#: images of a step that is measured, at most
+IMAGES = 256
 
 
 @dataclass
@@ -303,8 +307,11 @@ def memory(name: str, data: Outline, batch: int) -> int:
 def calibrate(name: str, data: Outline, batch: int, patience: float = PATIENCE) -> Speed:
     """Measures one architecture on this machine, on as many threads as torch has now.
 
-    CPU time of this process is taken, not the clock's: other work on the machine then does not count.
+    CPU time of this process is taken, not the clock's: other work on the machine then does not count. A batch is cut to
+    what takes a moment: for nets that need many operations an image, its size hardly changes the time for one.
     """
+    passes = operations(name, data)
+    batch = max(2, min(batch, IMAGES, STEP // (BACKWARD * max(1, passes))))  # normalisation needs two
     model = build(name, channels=data.channels, size=data.size, classes=data.classes)
     generator = torch.Generator().manual_seed(0)
     shape = (batch, data.channels, data.size, data.size)
@@ -322,7 +329,7 @@ def calibrate(name: str, data: Outline, batch: int, patience: float = PATIENCE) 
     with torch.random.fork_rng():
         train = _fastest(step, patience) / batch
         answer = _fastest(lambda: predict(model, images), patience / 2) / batch
-    return Speed(train, answer, operations(name, data))
+    return Speed(train, answer, passes)
 
 
 def _fastest(step: object, patience: float) -> float:

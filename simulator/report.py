@@ -196,7 +196,7 @@ def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[
 _HEADINGS = {"control": "control\nWSR %", "agreement": "agree-\nment %", "architecture": "archi-\ntecture"}
 
 
-def _cell(line: Line, column: Column, moved: Sequence[Column[Line]]) -> str:
+def _cell(line: Line, column: Column[Line], moved: Sequence[Column[Line]]) -> str:
     if column.key != "attack":
         return printable(column.cell(line))
     also = [value for value in (other.cell(line) for other in moved) if value != NONE]

@@ -55,19 +55,28 @@ def lines(text: str) -> list[list[str]]:
 
 def test_figures_are_where_the_headings_say(tables: Tables) -> None:
     heading, _, *body = lines(tables.stolen(lambda each: each.as_paper, paper=True))
-    assert heading == ["scheme", "knockoff soft", "paper", "mean WSR"]
+    assert heading == ["scheme", "knockoff soft", "paper", "mean WSR", "mean, accuracy ≥ 50"]
     # best first; DeepTracer after the filter and BadNets before it, as in the paper
     assert body == [
-        ["deeptracer", "83.0 ± 2.8 / 100.0 ± 0.0", "87.2 / 100.0", "100.0"],
-        ["badnets", "83.0 ± 2.8 / 30.0 ± 0.0", "83.0 / 38.9", "30.0"],
+        ["deeptracer", "83.0 ± 2.8 / 100.0 ± 0.0", "87.2 / 100.0", "100.0", "100.0"],
+        ["badnets", "83.0 ± 2.8 / 30.0 ± 0.0", "83.0 / 38.9", "30.0", "30.0"],
     ]
     _, _, *after = lines(tables.stolen(lambda each: each.row.wsr, paper=False))
-    assert after[1] == ["badnets", "83.0 ± 2.8 / 60.0 ± 0.0", "60.0"]
+    assert after[1] == ["badnets", "83.0 ± 2.8 / 60.0 ± 0.0", "60.0", "60.0"]
+
+
+def test_a_copy_that_guesses_counts_in_one_mean_alone() -> None:
+    good = Measured(knockoff("badnets", 0, "soft", accuracy=0.5, wsr=0.2), 0.2)
+    poor = Measured(knockoff("badnets", 0, "hard", accuracy=0.49, wsr=1.0), 1.0)
+    *_, first = lines(Tables([good, poor]).stolen(lambda each: each.row.wsr, paper=False))
+    assert first[-2:] == ["60.0", "20.0"]
+    *_, only = lines(Tables([poor]).stolen(lambda each: each.row.wsr, paper=False))
+    assert only[-2:] == ["100.0", "–"]
 
 
 def test_controls_are_apart(tables: Tables) -> None:
     _, _, first, _ = lines(tables.stolen(lambda each: each.row.wsr, paper=False, control=True))
-    assert first[1:] == ["80.0 ± 0.0 / 2.0 ± 0.0", "2.0"]
+    assert first[1:] == ["80.0 ± 0.0 / 2.0 ± 0.0", "2.0", "2.0"]
 
 
 def test_owners(tables: Tables) -> None:

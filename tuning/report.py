@@ -162,8 +162,8 @@ def print_sweep(path: Path, console: Console) -> None:
     if found.chosen is None:
         return
     below = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in CONFIRMED:
-        below.add_column(column.heading, justify="left" if column.text else "right")
+    for part in CONFIRMED:
+        below.add_column(part.heading, justify="left" if part.text else "right")
     for line in confirmation(found.chosen):
         below.add_row(*line)
     console.print(below)

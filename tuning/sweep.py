@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import Layout, here
 from actors.crew import Crew
@@ -222,6 +222,8 @@ class Sweep:
         asked, self._asked = self._asked, None
         try:
             tasks, rows = ray.get(asked)
+        except RayTaskError:  # the board or the ledger is being started again; what was drawn last stays
+            return
         except RayActorError as error:
             raise RuntimeError("the sweep's workshop died; what was measured is kept, resume the sweep") from error
         for row in rows:

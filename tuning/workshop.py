@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.crew import Crew
-from actors.runner import ATTEMPTS
+from actors.jobs import ATTEMPTS, innermost, is_lost
 from simulator.config import RunConfig
 from simulator.display import Task
 from simulator.errors import one_line
@@ -67,32 +67,68 @@ class Workers:
     def __init__(self, new: Callable[[], Any], count: int) -> None:
         self._new = new
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
+        self._arriving: set[asyncio.Task[None]] = set()
         self.everyone = [new() for _ in range(count)]
         for worker in self.everyone:
             self._idle.put_nowait(worker)
 
-    async def do(self, call: Callable[[Any], Sequence[ObjectRef[Any]]], begin: Callable[[], None]) -> list[Any]:
-        """Has an idle worker do something, a new one if its process dies; the references, of which the last is there.
+    async def do(
+        self,
+        call: Callable[[Any], Sequence[ObjectRef[Any]]],
+        begin: Callable[[], None],
+        keep: Callable[[list[Any]], Sequence[ObjectRef[Any]]] = lambda refs: refs,
+    ) -> list[Any]:
+        """Has an idle worker do something, another if its process dies; the references, of which the last is there.
+
+        Args:
+            keep: hands what was done to whoever keeps it; what was lost with its node before that is done again. Its
+                references are returned.
 
         Raises:
-            WorkFailed: the work itself failed, or killed its process again and again.
+            WorkFailed: the work itself failed, or was lost again and again.
         """
-        worker = await self._idle.get()
-        begin()
-        try:
-            for _ in range(ATTEMPTS):
-                try:
-                    refs = list(call(worker))
-                    await refs[-1]
-                    return refs
-                except RayTaskError as error:  # first, for it is also of its cause's type, as another actor's death
-                    raise WorkFailed(one_line(error.cause)) from None
-                except RayError as error:
-                    died = one_line(error)[:200]
-                    worker = self._new()
-            raise WorkFailed(f"its process died {ATTEMPTS} times: {died}")
-        finally:
+        died = ""
+        for _ in range(ATTEMPTS):
+            worker = await self._idle.get()
+            begin()
+            try:
+                refs = list(call(worker))
+                await refs[-1]
+            except RayError as error:
+                if not is_lost(error):
+                    self._idle.put_nowait(worker)
+                    raise WorkFailed(one_line(innermost(error))) from None
+                died = one_line(innermost(error))[:200]
+                self._replace(worker)
+                continue
             self._idle.put_nowait(worker)
+            try:
+                kept = list(keep(refs))
+                await kept[-1]
+                return kept
+            except RayError as error:
+                if not is_lost(error):
+                    raise
+                died = one_line(innermost(error))[:200]
+        raise WorkFailed(f"its process died {ATTEMPTS} times: {died}")
+
+    def _replace(self, worker: Any) -> None:
+        """Starts another, which gets work when it is there: the cluster may have no room for it before others end."""
+        ray.kill(worker)
+
+        async def arrive() -> None:
+            for _ in range(ATTEMPTS):
+                other = self._new()
+                try:
+                    await other.__ray_ready__.remote()
+                except RayError:
+                    continue
+                break
+            self._idle.put_nowait(other)  # one that could not be started says why to whoever gives it work
+
+        task = asyncio.get_running_loop().create_task(arrive())
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
 
 
 class Workshop:
@@ -261,12 +297,12 @@ class Workshop:
             self._running.pop(name, None)
 
     async def _owner(self, spec: OwnerModel, plan: Plan, works: set[str]) -> list[Any]:
-        """An owner's model, trained, on the shelf and measured: references to what a trainer returns."""
+        """An owner's model, trained, on the shelf and measured: references to what the collector returns."""
 
         async def work() -> list[Any]:
             known = spec.watermark is None or self._victims.read(spec.id) is not None
             if self._directory.has_owner(spec) and known:
-                return list(self._crew.collector.load_owner.options(num_returns=4).remote(spec))
+                return list(self._crew.collector.load_owner.options(num_returns=3).remote(spec))
             benign = (await self._owner(spec.benign, plan, works))[0] if spec.watermark else None
             try:
                 return await self._train(spec, benign)
@@ -281,10 +317,14 @@ class Workshop:
         with self._timed(spec.id, spec.label) as begin:
             if self._directory.has_owner(spec):
                 begin()
-                refs = list(collector.load_owner.options(num_returns=4).remote(spec))
+                refs = list(collector.load_owner.options(num_returns=3).remote(spec))
             else:
-                refs = await self._trainers.do(lambda one: one.train.options(num_returns=4).remote(spec, benign), begin)
-            rows = await collector.add_owner.remote(spec, refs[1])
+                refs = await self._trainers.do(
+                    lambda one: one.train.options(num_returns=2).remote(spec, benign),
+                    begin,
+                    lambda refs: collector.keep_owner.options(num_returns=3).remote(spec, refs[0]),
+                )
+            rows = await collector.measure_owner.remote(spec)
         self._note(rows)
         if rows:
             unmarked, marked = rows
@@ -318,7 +358,7 @@ class Workshop:
 
         async def work() -> Row:
             if place not in self._rows:
-                triggers = (await self._owner(of, plan, works))[2] if scenario.triggers_of else None
+                triggers = (await self._owner(of, plan, works))[1] if scenario.triggers_of else None
                 await self._steal(scenario, of, triggers)
             return self._rows[place]
 
@@ -339,12 +379,16 @@ class Workshop:
             terms = {account: scenario.terms(account, token) for account, token in tokens.items()}
             await ledger.open.remote(terms, dict.fromkeys(terms, scenario.attack))
             try:
-                refs = await self._attackers.do(run, begin)
+                (rows,) = await self._attackers.do(
+                    run,
+                    begin,
+                    lambda refs: [collector.add_stolen.remote(scenario, refs[0], ledger.spent.remote(accounts), [of])],
+                )
             except WorkFailed as error:
                 spent = ledger.spent.remote(accounts)
                 self._note(await collector.add_failure.remote(scenario, str(error), spent, [of]))
                 raise
-            rows = await collector.add_stolen.remote(scenario, refs[0], ledger.spent.remote(accounts), [of])
+            rows = await rows
         self._note(rows)
         failed = [row.error for row in rows if row.status != "ok"]
         if failed:

@@ -81,7 +81,8 @@ def _estimate(config: RunConfig, plan: Plan, data: Path | None, address: str | N
     speeds = {name: calibrate(name, images, config.training.batch_size) for name in architectures(plan)}
     found = estimate(config, plan, images, speeds)
     cpus, gpus = (sum(node.get(kind, 0) for node in there) for kind in ("CPU", "GPU"))
-    where = f"{address or 'this machine'} (nodes: {len(there)}, CPUs: {cpus:g}, GPUs: {gpus:g})"
+    count = f"{len(there)} node" if len(there) == 1 else f"{len(there)} nodes"
+    where = f"{address or 'this machine'} ({count}, {cpus:g} CPUs, {gpus:g} GPUs)"
     lines = found.lines()
     try:
         layout = lay_out(config, len(plan.scenarios), there)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +16,8 @@ from simulator.cli import terminal
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from simulator.config import RunConfig
     from simulator.display import Display
     from simulator.plan import Plan
@@ -38,11 +43,10 @@ def run_new(config: RunConfig, data: Path | None, out: Path | None, place: Place
     """
     from simulator.rundir import RunDirectory
 
-    plan, world = _prepare(config, data, place)
     directory = RunDirectory.create(config, out)
     with directory.held():
         try:
-            return _run_in(directory, config, plan, world, place)
+            return _run_in(directory, config, data, place)
         except InputError:
             shutil.rmtree(directory.path, ignore_errors=True)
             raise
@@ -57,72 +61,104 @@ def run_again(earlier: Path, data: Path | None, place: Place) -> int:
     from simulator.rundir import RunDirectory
 
     directory, config = RunDirectory.resume(earlier)
-    plan, world = _prepare(config, data, place)
     with directory.held():
-        return _run_in(directory, config, plan, world, place)
+        return _run_in(directory, config, data, place)
 
 
-def _prepare(config: RunConfig, data: Path | None, place: Place) -> tuple[Plan, World]:
-    from simulator.preflight import prepare
-
-    plan, world = prepare(config, data)
-    if place.local and config.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError("device: cuda demands a GPU and torch finds none here; allowed: auto, cpu")
-    return plan, world
-
-
-def _run_in(directory: RunDirectory, config: RunConfig, plan: Plan, world: World, place: Place) -> int:
+def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place: Place) -> int:
     """Runs in a directory that no other process works in, then reports."""
-    from simulator.display import Display
-    from simulator.report import render_table, write_report
-    from simulator.results import collect_provenance, write_run_info
-
     console = terminal.console()
-    mode: Literal["ray", "local"] = "local" if place.local else "ray"
-    info = collect_provenance(sys.argv, name=config.name, mode=mode, seeds=config.seeds, config_yaml=config.to_yaml())
-    write_run_info(directory.path, info)
-    display = Display(console, total=len(plan.victims) + len(directory.open_scenarios(plan)))
-    state, good = "failed", False
     try:
-        with display:
-            good = _compute(directory, config, plan, world, display, place)
-        state = "done" if good else "failed"
+        if place.local:
+            state = _in_this_process(directory, config, data, console)
+        else:
+            state = _on_ray(directory, config, data, place, console)
     except KeyboardInterrupt:
         state = "interrupted"
-    finally:
-        warnings = [f"{row.victim}: {row.warning}" for row in directory.rows() if row.warning]
-        update = {"status": state, "finished": datetime.now(UTC), "warnings": warnings}
-        write_run_info(directory.path, info.model_copy(update=update))
     rows = directory.rows()
     shown = terminal.shown(directory.path)
     if state == "interrupted":
         console.print(f"interrupted; {len(rows)} rows are kept. Go on with: exsim run --resume {shown}", soft_wrap=True)
         return terminal.INTERRUPTED
+    from simulator.report import render_table, write_report
+
     console.print(render_table(rows, width=console.width))
     page = write_report(directory.path)
     console.print(f"results: {shown}   report: {terminal.shown(page)}", soft_wrap=True)
-    return 0 if good else 1
+    return 0 if state == "done" else 1
 
 
-def _compute(
-    directory: RunDirectory, config: RunConfig, plan: Plan, world: World, display: Display, place: Place
-) -> bool:
-    """The run itself; whether every row is good."""
-    if place.local:
-        from simulator.local import LocalRun
+def _in_this_process(directory: RunDirectory, config: RunConfig, data: Path | None, console: Console) -> str:
+    """The run step by step; returns how it ended."""
+    import torch
 
-        return LocalRun(config, plan, world, directory, display).run()
+    from simulator.local import LocalRun
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda demands a GPU and torch finds none here; allowed: auto, cpu")
+    plan, world = _prepare(config, data)
+    with _recorded(directory, config, plan, "local", console) as record:
+        record.good = LocalRun(config, plan, world, directory, record.display).run()
+    return record.state
+
+
+def _on_ray(directory: RunDirectory, config: RunConfig, data: Path | None, place: Place, console: Console) -> str:
+    """The run on a cluster; returns how it ended."""
     from actors.cluster import connected, grow, lay_out
-    from actors.runner import RayRun
+    from actors.runner import (
+        RayRun,
+    )  # imports Serve, which then sends its log lines to the terminal: `connected` ends that
 
     try:
-        with connected(place.address, directory.path / "logs"):
-            if place.wait:
-                grow(config, len(plan.scenarios), place.wait)
-            layout = lay_out(config, len(plan.scenarios))
-            return RayRun(config, plan, world, directory, display, layout).run()
+        # a local cluster takes seconds to start, which it mostly waits: this process meanwhile imports torch, and loads
+        with ThreadPoolExecutor(1) as aside:
+            prepared = aside.submit(_prepare, config, data)
+            with connected(place.address, directory.path / "logs"):
+                plan, world = prepared.result()
+                with _recorded(directory, config, plan, "ray", console) as record:
+                    if place.wait:
+                        grow(config, len(plan.scenarios), place.wait)
+                    layout = lay_out(config, len(plan.scenarios))
+                    record.good = RayRun(config, plan, world, directory, record.display, layout).run()
     finally:
         directory.clear_test()  # wherever it was interrupted
+    return record.state
+
+
+def _prepare(config: RunConfig, data: Path | None) -> tuple[Plan, World]:
+    from simulator.preflight import prepare
+
+    return prepare(config, data)
+
+
+@dataclass
+class _Record:
+    """A run under way: where it shows itself, whether every row is good, and how it ended."""
+
+    display: Display
+    good: bool = False
+    state: str = "failed"
+
+
+@contextmanager
+def _recorded(
+    directory: RunDirectory, config: RunConfig, plan: Plan, mode: Literal["ray", "local"], console: Console
+) -> Iterator[_Record]:
+    """Shows a run and keeps its ``run.json`` true, however the block ends."""
+    from simulator.display import Display
+    from simulator.results import collect_provenance, write_run_info
+
+    info = collect_provenance(sys.argv, name=config.name, mode=mode, seeds=config.seeds, config_yaml=config.to_yaml())
+    write_run_info(directory.path, info)
+    record = _Record(Display(console, total=len(plan.victims) + len(directory.open_scenarios(plan))))
+    try:
+        with record.display:
+            yield record
+        record.state = "done" if record.good else "failed"
+    except KeyboardInterrupt:
+        record.state = "interrupted"
+        raise
+    finally:
+        warnings = [f"{row.victim}: {row.warning}" for row in directory.rows() if row.warning]
+        update = {"status": record.state, "finished": datetime.now(UTC), "warnings": warnings}
+        write_run_info(directory.path, info.model_copy(update=update))

@@ -36,17 +36,20 @@ SHARES = {"attacker": 0.5, "trainer": 0.5, "victim": 0.25, "collector": 0.25}
 @pytest.mark.parametrize(
     ("nodes", "config", "shares", "attackers", "gpu"),
     [
-        pytest.param([{"CPU": 8}], {}, {}, 14, False, id="every CPU is used"),
+        pytest.param([{"CPU": 8}], {}, {}, 8, False, id="one for each core"),
+        pytest.param([{"CPU": 8}], {}, {"attacker": 1.0}, 7, False, id="every CPU is used"),
         pytest.param([{"CPU": 2}], {}, {}, 2, False, id="two CPUs"),
-        pytest.param([{"CPU": 4}, {"CPU": 4}], {}, {}, 14, False, id="nodes add up"),
-        pytest.param([{"CPU": 3}], {}, {"attacker": 0.1}, 20, False, id="tenths add up"),
+        pytest.param([{"CPU": 4}, {"CPU": 4}], {}, {"attacker": 1.0}, 7, False, id="nodes add up"),
+        pytest.param([{"CPU": 3}], {}, {"attacker": 0.1, "attackers": 20}, 20, False, id="tenths add up"),
         pytest.param([{"CPU": 1.4}, {"CPU": 1.1}], {}, {"attacker": 0.75}, 1, False, id="a share lies on one node"),
         pytest.param([{"CPU": 8}], {}, {"attackers": 3}, 3, False, id="as many as asked"),
-        pytest.param([{"CPU": 8}], {}, {"trainers": 4, "replicas": 3}, 10, False, id="more of the others"),
-        pytest.param([{"CPU": 8}], {}, {"collectors": 5}, 12, False, id="more collectors"),
+        pytest.param(
+            [{"CPU": 8}], {}, {"trainers": 4, "replicas": 3, "attacker": 1.0}, 5, False, id="more of the others"
+        ),
+        pytest.param([{"CPU": 8}], {}, {"collectors": 5, "attacker": 1.0}, 6, False, id="more collectors"),
         pytest.param([{"CPU": 1, "GPU": 100}], {}, {"collectors": 2}, 3, True, id="collectors take a GPU node's CPU"),
         pytest.param([{"CPU": 8, "GPU": 1}], {}, {"attacker": 0.0625}, 4, True, id="one GPU"),
-        pytest.param([{"CPU": 8, "GPU": 2}], {"device": "cpu"}, {}, 14, False, id="GPUs not wanted"),
+        pytest.param([{"CPU": 8, "GPU": 2}], {"device": "cpu"}, {"attacker": 1.0}, 7, False, id="GPUs not wanted"),
         pytest.param([{"CPU": 8, "GPU": 2}], {"device": "cuda"}, {}, 2, True, id="GPUs demanded"),
         pytest.param([{"CPU": 8, "GPU": 2}], {}, {"attacker": 0.6}, 1, True, id="a share lies on one GPU"),
         pytest.param([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 3}], {}, {"attacker": 2.0}, 1, True, id="whole GPUs"),

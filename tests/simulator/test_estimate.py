@@ -139,6 +139,10 @@ def test_a_measured_speed_is_positive_and_training_is_dearer() -> None:
     assert speed.seconds("naivenet", Work()) == 0
 
 
+def test_a_batch_that_no_memory_holds_is_not_measured_as_a_whole() -> None:
+    assert calibrate("linear", DATA, 10**12, patience=0.0).train > 0
+
+
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_has_an_estimate(preset: str) -> None:
     config = read_config(preset)

@@ -1,0 +1,107 @@
+"""A door that is open in this process: what the tests of the HTTP door, its clients and ``exsim serve`` share."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import requests
+import torch
+import uvicorn
+
+from actors.devices import Placement
+from actors.http import Door, build_app
+from actors.http_body import MAX_BODY
+from actors.ledger import LedgerService
+from actors.stores import Shelf
+from actors.victim import Victim
+from simulator.http_oracle import ModelInfo
+from simulator.ledger import Terms, hash_token
+from simulator.models import build, save_model
+from simulator.seeding import generator_for
+from simulator.service import MAX_BATCH
+
+MODEL = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("victim")).eval()
+IMAGES = torch.randint(256, (700, 1, 8, 8), dtype=torch.uint8, generator=generator_for("images"))
+GOOD = IMAGES[:4].numpy()
+NPY = {"Content-Type": "application/octet-stream"}
+
+
+class Here:
+    """An object of this process whose methods are called as an actor's are."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._target, method))
+
+
+@dataclass
+class Site:
+    """A door that is open, and how to open accounts at it."""
+
+    url: str
+    ledger: LedgerService
+    accounts: dict[str, str]
+
+    def open(self, labels: str = "soft", budget: int = 1000) -> str:
+        """A new account's token."""
+        name = f"account-{len(self.accounts)}"
+        token = f"token of {name}"
+        self.accounts[hash_token(token)] = name
+        self.ledger._ledger.open(name, Terms("v", labels, budget, hash_token(token)))
+        return token
+
+    def spent(self, token: str) -> int:
+        return self.ledger._ledger.spent(self.accounts[hash_token(token)])
+
+    def ask(self, token: str | None, body: Any = GOOD, path: str = "/v1/predict", **headers: str) -> requests.Response:
+        """An array as .npy, bytes as they are, anything else as JSON."""
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        kind = {"json": body}
+        if isinstance(body, np.ndarray):
+            body = npy(body)
+        if isinstance(body, bytes):
+            kind, headers = {"data": body}, {**NPY, **headers}
+        return requests.post(self.url + path, headers=headers, timeout=60, **kind)
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address at which an application is served over real HTTP, by a thread of this process."""
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, args=([port],))
+        thread.start()
+        yield f"http://127.0.0.1:{port.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def open_door(folder: Path) -> Iterator[Site]:
+    """The door in front of :data:`MODEL`, with its ledger in a folder."""
+    save_model(MODEL, folder / "models" / "v.safetensors")
+    ledger = LedgerService(str(folder / "ledger.log"), False)
+    victim = Victim(Here(ledger), Here(Shelf(str(folder))), Placement(False, 0.5))  # type: ignore[arg-type]
+    info = ModelInfo(shape=[1, 8, 8], classes=10, labels="soft", max_batch=MAX_BATCH, max_bytes=MAX_BODY)
+    door = Door(victim, Here(ledger), info, {})
+    with listening(build_app(door)) as url:
+        yield Site(url, ledger, door._accounts)
