@@ -34,7 +34,7 @@ WORK, OVERHEAD = "work: training, stealing, measuring", "overhead: all the rest"
 #: trials that run to their end, on one seed, and hardly anything to confirm: their overhead is what is measured
 SMALL = ("trials=12", "seeds=[0]", "halving.bracket=6", "holdout.seeds=[100]", "holdout.scenarios=[]")
 #: processes that a sweep has beside those that work: as Ray and :mod:`benchmarks.whole_run` call them
-TUNES = {"Trial": "trials' processes", "Workshop": "workshop", "driver": "driver"}
+TUNES = {"ResourceTrainable": "trials' processes", "Workshop": "workshop", "driver": "driver"}
 
 
 def outcome(config: str, records: Sequence[TrialRecord], profile: Profile) -> Outcome:

@@ -174,6 +174,7 @@ class Sweep:
                     storage_path=storage,
                     callbacks=[*callbacks(config.loggers), Watch(self._turn, self._ended)],
                     failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial has nothing to keep
                     verbose=0,
                 ),
             )
