@@ -191,7 +191,9 @@ class Sweep:
         course = self.course
         setting = course.settings[number]
         status = "failed" if number in course.failed else "stopped" if number in course.stopped else "done"
-        report = course.reports.get(number, {"error": f"its process died {ATTEMPTS + 1} times"})
+        report = course.reports.get(number, {})
+        if status == "failed" and not report.get("error"):  # Tune gave it up; a trial that fails by itself says why
+            report = {**report, "error": f"its process died or failed {ATTEMPTS + 1} times: error.txt in sweep/tune"}
         data = record(number, setting_id(setting), setting, report, status)
         costs = course.costs[number]
         data |= {f"{part}_seconds": seconds for part, seconds in asdict(costs).items()}
