@@ -110,7 +110,7 @@ def setting_map(
         handles = [_handle(INK, marker, name) for name, marker in markers.items()]
         handles += [_handle(GRID, "o", "stopped early", hollow=True), _handle(WINNER, "o", "ring: winner", hollow=True)]
         handles.append(_handle(DEFAULT, "o", "ring: default", hollow=True))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(pairs), fontsize=8)
         return svg_of(figure)
 
 
