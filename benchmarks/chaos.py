@@ -186,7 +186,7 @@ def _disturb(
 
 
 def start(arguments: list[str], mark: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """``exsim`` with some arguments; all its processes inherit the mark, and its words replace those in ``log``, if any."""
+    """``exsim`` with some arguments; all its processes inherit the mark, and its words replace those in ``log``."""
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "simulator", *arguments]
     with (log or Path(os.devnull)).open("wb") as said:
