@@ -34,7 +34,7 @@ WORK, OVERHEAD = "work: training, stealing, measuring", "overhead: all the rest"
 #: trials that run to their end, on one seed, and hardly anything to confirm: their overhead is what is measured
 SMALL = ("trials=12", "seeds=[0]", "halving.bracket=6", "holdout.seeds=[100]", "holdout.scenarios=[]")
 #: processes that a sweep has beside those that work: as Ray and :mod:`benchmarks.whole_run` call them
-TUNES = {"ResourceTrainable": "trials' processes", "Workshop": "workshop", "driver": "driver"}
+TUNES = {"trials' processes": ("Trial", "ResourceTrainable"), "workshop": ("Workshop",), "driver": ("driver",)}
 
 
 def outcome(config: str, records: Sequence[TrialRecord], profile: Profile) -> Outcome:
@@ -57,14 +57,13 @@ def outcome(config: str, records: Sequence[TrialRecord], profile: Profile) -> Ou
         line("  until Tune has a stage's result", [one.report_seconds for one in begun]),
         line(f"overhead, of the {ALLOWED:g} s allowed", overhead, TARGET),
     )
-    cpu = {name: (count, seconds) for name, count, seconds, _ in profile.by_name()}
-    parts = [
-        f"{shown} {cpu[name][1] / len(begun):.2f} ({cpu[name][0]})" for name, shown in TUNES.items() if name in cpu
-    ]
+    kinds = {shown: [of for of in profile.processes.values() if of.name in names] for shown, names in TUNES.items()}
+    parts = [f"{shown} {sum(one.cpu for one in of) / len(begun):.2f} ({len(of)})" for shown, of in kinds.items()]
     stopped = sum(one.status == "stopped" for one in begun)
-    idle = cpu.get("worker without a task", (0, 0.0))[0]
+    idle = sum(one.name == "worker without a task" for one in profile.processes.values())
     note = (
-        f"A round is a trial; {stopped} stopped early. CPU seconds a trial, start-up included (processes): "
+        f"A round is a trial; {stopped} stopped early. Overhead {sum(overhead) / len(begun):.3g} s on average, the "
+        f"processes' start with it. CPU seconds a trial, start-up included (processes): "
         f"{', '.join(parts)}, all {profile.cpu / len(begun):.2f}; {idle} more processes had nothing to do."
     )
     return Outcome(f"Overhead of a sweep's trials, {config}", "seconds a trial", len(begun), lines, note)

@@ -54,7 +54,8 @@ class Course:
     """What the hooks share: which trials are under way, and what each has reported.
 
     Attributes:
-        active: numbers of the trials that hold a process; the others wait at a rung or have ended.
+        active: numbers of the trials that are under way; the others wait at a rung or have ended.
+        held: trials that wait at a rung and still hold a process (see :class:`Rungs`).
         costs: where the seconds of every trial went.
         reports: the last report of every trial.
         stopped: trials that a rung has ended.
@@ -66,6 +67,7 @@ class Course:
         self.proposals, self.halving, self.concurrent = proposals, halving, concurrent
         self.settings: list[dict[str, Any]] = []
         self.active: set[int] = set()
+        self.held: set[int] = set()
         self.costs: dict[int, Costs] = {}
         self.lost: list[int] = []
         self._since: dict[int, float] = {}
@@ -78,7 +80,7 @@ class Course:
     @property
     def room(self) -> bool:
         """Whether another trial may start or go on."""
-        return len(self.active) < self.concurrent
+        return len(self.active) + len(self.held) < self.concurrent
 
     def enter(self, number: int) -> None:
         """A trial is to get a process."""
@@ -103,7 +105,8 @@ class Course:
         self._since[number] = report["ended"]
 
     def leave(self, number: int) -> None:
-        """A trial gives its process back."""
+        """A trial is no longer under way: it has ended, or waits at a rung."""
+        self.held.discard(number)
         if number in self.active:
             self.active.remove(number)
             self.costs[number].report += max(0.0, time.time() - self._since[number])
@@ -148,7 +151,12 @@ class Feeder(Searcher):
 
 
 class Rungs(TrialScheduler):
-    """Pauses a trial at a rung until its bracket is there, and lets the best go on."""
+    """Pauses a trial at a rung until its bracket is there, and lets the best go on.
+
+    A process that is given back goes to any trial that Tune has a process started for, and the one that starts is
+    killed: where starting takes longer than a stage, sweeps kept starting processes. So a trial that waits keeps its
+    process as long as one is starting.
+    """
 
     _supports_buffered_results = False
 
@@ -174,6 +182,8 @@ class Rungs(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides on the trial, and on those that have waited for it."""
         number, course = trial.config["number"], self._course
+        if number in course.held:  # its process died while it waited, and the new one has begun what may not go on
+            return self.NOOP
         course.tell(number, dict(result))
         decision = course.halving.arrive(number, result["stage"], result["value"])
         self._take(decision, number)
@@ -182,11 +192,9 @@ class Rungs(TrialScheduler):
             return self.STOP
         if number in decision.go:
             return self.CONTINUE
-        # No checkpoint: the next stage is all that a trial knows, and a save would keep the process while room has been
-        # made for another trial, which would start one of its own.
         trial.set_config({**trial.config, NEXT: result["training_iteration"]})
-        tune_controller.pause_trial(trial, should_checkpoint=False)
         course.leave(number)
+        course.held.add(number)
         return self.NOOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -210,6 +218,12 @@ class Rungs(TrialScheduler):
         """Stops those who wait in vain, and names the next of those who may go on."""
         while self._course.lost:
             self._take(self._course.halving.end(self._course.lost.pop()), None)
+        if not any(trial.status == "PENDING" for trial in self._trials.values()):
+            for number in sorted(self._course.held):
+                # No checkpoint: the next stage is all that a trial knows, and a save would keep the process while room
+                # has been made for another trial, which would start one of its own.
+                tune_controller.pause_trial(self._trials[number], should_checkpoint=False)
+                self._course.held.discard(number)
         for number in sorted(self._doomed):
             if self._trials[number].status == "PAUSED":
                 self._doomed.discard(number)

@@ -76,15 +76,52 @@ def test_a_trial_waits_without_a_checkpoint_or_a_process_and_goes_on_with_its_ne
     (first,) = started(feeder, rungs, controller, 1)
     assert feeder.suggest("1") is None, "there is room for one"
     assert rungs.on_trial_result(controller, first, report("victim", 0.9)) == Rungs.NOOP
-    assert controller.paused == [(0, False)]
     assert first.config[NEXT] == 2
     assert rungs.choose_trial_to_run(controller) is None
+    assert controller.paused == [(0, False)]
     second = SimpleNamespace(config=feeder.suggest("1"), status="RUNNING", placement_group_factory=None)
     rungs.on_trial_add(controller, second)
     assert rungs.on_trial_result(controller, second, report("victim", 0.1)) == Rungs.STOP
     feeder.on_trial_complete("1")
     assert rungs.choose_trial_to_run(controller) is first
     assert shared.stopped == {1}
+
+
+def test_a_trial_that_waits_keeps_its_process_while_another_starts() -> None:
+    shared, controller = course(2, concurrent=2), Controller()
+    feeder, rungs = Feeder(shared), Rungs(shared)
+    first, second = started(feeder, rungs, controller, 2)
+    second.status = "PENDING"
+    assert rungs.on_trial_result(controller, first, report("victim", 0.9)) == Rungs.NOOP
+    rungs.choose_trial_to_run(controller)
+    assert controller.paused == []
+    assert not shared.room, "its process is not free"
+    second.status = "RUNNING"
+    rungs.choose_trial_to_run(controller)
+    assert controller.paused == [(0, False)]
+    assert shared.room
+
+
+def test_a_trial_whose_process_dies_while_it_waits_is_not_let_past_its_rung() -> None:
+    shared, controller = course(3, bracket=3), Controller()
+    feeder, rungs = Feeder(shared), Rungs(shared)
+    first, second, third = started(feeder, rungs, controller, 3)
+    third.status = "PENDING"
+    assert rungs.on_trial_result(controller, first, report("victim", 0.9)) == Rungs.NOOP
+    assert rungs.on_trial_result(controller, second, report("victim", 0.1)) == Rungs.NOOP
+    assert shared.held == {0, 1}
+    # Tune has started the first again, which begins the stage after its rung; the second it gave up
+    assert rungs.on_trial_result(controller, first, report("attack 1", 0.9)) == Rungs.NOOP
+    assert shared.reports[0]["stage"] == "victim"
+    rungs.on_trial_error(controller, second)
+    second.status = "ERROR"
+    feeder.on_trial_complete("1", error=True)
+    third.status = "RUNNING"
+    assert rungs.choose_trial_to_run(controller) is None
+    assert controller.paused == [(0, False)]
+    assert rungs.on_trial_result(controller, third, report("victim", 0.5)) == Rungs.STOP
+    feeder.on_trial_complete("2")
+    assert rungs.choose_trial_to_run(controller) is first
 
 
 def test_a_bracket_waits_for_a_trial_whose_process_died_until_tune_gives_it_up() -> None:
