@@ -71,12 +71,14 @@ class Buyers:
         return sum(self._keys.values())
 
 
-def ledger(rounds: int = 5, seconds: float = 2.0, accounts: int = ACCOUNTS, sync: bool = False) -> Outcome:
+def ledger(
+    rounds: int = 5, seconds: float = 2.0, accounts: int = ACCOUNTS, sync: bool = False, processes: int = PROCESSES
+) -> Outcome:
     """The ledger's rate with ``accounts`` clients, against calls in its own process."""
     names = [f"attacker-{number}" for number in range(accounts)]
     terms = {name: Terms(VICTIM, "soft", BUDGET, hash_token(TOKEN)) for name in names}
     inside, rates, costs = [], [], []
-    with tempfile.TemporaryDirectory() as folder, connected(None, Path(folder), cpus=PROCESSES + 1):
+    with tempfile.TemporaryDirectory() as folder, connected(None, Path(folder), cpus=processes + 1):
         plain = Ledger(Path(folder) / "plain.log", sync=sync)
         for name in names:
             plain.open(name, terms[name])
@@ -84,7 +86,7 @@ def ledger(rounds: int = 5, seconds: float = 2.0, accounts: int = ACCOUNTS, sync
         ray.get(actor.open.remote(terms))
         empty = resident(actor)
         kind = ray.remote(num_cpus=0)(Buyers)
-        buyers: list[Any] = [kind.remote(actor, names[first::PROCESSES]) for first in range(PROCESSES)]
+        buyers: list[Any] = [kind.remote(actor, names[first::processes]) for first in range(processes)]
         try:
             ray.get([buyer.buy.remote(time.time() + 0.5) for buyer in buyers])  # connections
             for key in range(rounds):
@@ -166,15 +168,17 @@ def pixel() -> NDArray[np.uint8]:
     return np.zeros((1, 1, 1, 1), np.uint8)
 
 
-def crowd(rounds: int = 3, seconds: float = 8.0, clients: int = ACCOUNTS, messages: int = 50) -> Outcome:
+def crowd(
+    rounds: int = 3, seconds: float = 8.0, clients: int = ACCOUNTS, messages: int = 50, processes: int = PROCESSES
+) -> Outcome:
     """Many modest clients and a greedy one that keeps ``messages`` messages under way, through the whole path."""
     model = to_bytes(build("linear", channels=1, size=1, classes=2).eval())
     names = [f"attacker-{number}" for number in range(clients)]
     fairness, greed, rates, sent_away = [], [], [], 0
     total = dict.fromkeys(["greedy", *names], 0)
-    with served(model, dict.fromkeys(total, BUDGET), cpus=PROCESSES + 3) as (handle, account_book, _):
+    with served(model, dict.fromkeys(total, BUDGET), cpus=processes + 3) as (handle, account_book, _):
         kind = ray.remote(num_cpus=0)(Askers)
-        modest: list[Any] = [kind.remote(handle, names[first::PROCESSES]) for first in range(PROCESSES)]
+        modest: list[Any] = [kind.remote(handle, names[first::processes]) for first in range(processes)]
         greedy: Any = kind.remote(handle, ["greedy"])
         try:
             ray.get([each.ask.remote(time.time() + 3) for each in (*modest, greedy)])  # connections

@@ -83,7 +83,7 @@ class Cell:
 
 def run(
     rounds: int = 5,
-    seconds: float = 1.5,
+    seconds: float = 3.0,
     limit_batches: int = 30,
     attackers: Sequence[int] = ATTACKERS,
     batches: Sequence[int] = BATCHES,
