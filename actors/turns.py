@@ -76,11 +76,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()
         self._queue.put(account, cost, (work, loop, future))
-        try:
-            return await future
-        finally:
-            if len(self._queue) <= LOW:
-                self._low.set()
+        return await future
 
     async def low(self) -> None:
         """Waits until few items wait."""
@@ -92,6 +88,9 @@ class Worker:
         self._prepare()
         while True:
             work, loop, future = self._queue.get()
+            if len(self._queue) <= LOW:  # told by whoever takes: an asker that has gone tells nobody
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._low.set)
             if future.cancelled():  # its client has gone
                 continue
             settle: Callable[[asyncio.Future[Any], Any], None] = _settle
@@ -147,17 +146,22 @@ class Teller:
         return await future
 
     async def _run(self) -> None:
-        while self._waiting:
-            await self._wanted()
-            group, self._waiting = self._waiting, []
-            try:
-                replies = iter(await self._ask([request for requests, _ in group for request in requests]))
-                for requests, future in group:
-                    _settle(future, [next(replies) for _ in requests])
-            except Exception:  # one message's fault must not be another's: each is asked about by itself
-                for requests, future in group:
-                    try:
-                        _settle(future, await self._ask(requests))
-                    except Exception as error:
-                        _fail(future, error)
-        self._task = None
+        try:
+            while self._waiting:
+                await self._wanted()
+                group, self._waiting = self._waiting, []
+                await self._ask_for(group)
+        finally:  # however it ends, who comes next starts another
+            self._task = None
+
+    async def _ask_for(self, group: list[tuple[Sequence[Request], asyncio.Future[Replies]]]) -> None:
+        try:
+            replies = iter(await self._ask([request for requests, _ in group for request in requests]))
+            for requests, future in group:
+                _settle(future, [next(replies) for _ in requests])
+        except Exception:  # one message's fault must not be another's: each is asked about by itself
+            for requests, future in group:
+                try:
+                    _settle(future, await self._ask(requests))
+                except Exception as error:
+                    _fail(future, error)

@@ -169,3 +169,41 @@ def test_no_grant_is_asked_for_while_the_worker_has_enough_to_do() -> None:
         assert ledger.calls == [[0, 2, 4]]
 
     asyncio.run(scene())
+
+
+def test_clients_that_go_away_while_they_wait_leave_no_one_waiting_for_ever() -> None:
+    async def scene() -> None:
+        ledger, block = Till(), threading.Event()
+        worker = Worker(lambda: None)
+        teller = Teller(ledger.ask, worker.low)
+        gone = [asyncio.create_task(worker.run(f"{number}", 1, lambda: block.wait(30))) for number in range(LOW + 4)]
+        await asyncio.sleep(0.05)
+        asked = asyncio.create_task(teller.reserve([request(0)]))
+        await asyncio.sleep(0.05)
+        assert ledger.calls == []
+        for each in gone:
+            each.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        block.set()
+        assert keys(await asyncio.wait_for(asked, 10)) == [0]
+        assert keys(await asyncio.wait_for(teller.reserve([request(2)]), 30)) == [2]
+
+    asyncio.run(scene())
+
+
+def test_a_call_to_the_ledger_that_is_cancelled_does_not_end_all_calls() -> None:
+    async def scene() -> None:
+        ledger = Till()
+        interrupted = [True]
+
+        async def wanted() -> None:
+            if interrupted.pop() if interrupted else False:
+                raise asyncio.CancelledError
+
+        teller = Teller(ledger.ask, wanted)
+        first = asyncio.create_task(teller.reserve([request(0)]))
+        await asyncio.sleep(0.01)
+        assert keys(await asyncio.wait_for(teller.reserve([request(2)]), 30)) == [2]
+        assert keys(await asyncio.wait_for(first, 30)) == [0]
+
+    asyncio.run(scene())
