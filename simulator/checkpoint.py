@@ -71,9 +71,12 @@ class TimedCheckpoint:
         self._saved = time.monotonic()
 
     def load(self) -> State | None:
-        """See :class:`Checkpoint`."""
+        """See :class:`Checkpoint`. One that is damaged is none: the work begins anew, and what was asked is paid."""
         data = self._read()
-        return None if data is None else from_bytes(data)
+        try:
+            return None if data is None else from_bytes(data)
+        except InputError:
+            return None
 
     def due(self) -> bool:
         """See :class:`Checkpoint`."""

@@ -15,6 +15,8 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing under it
         Path(name).chmod(mode)
         Path(name).replace(path)
     except BaseException:

@@ -187,11 +187,15 @@ CURVE_SCHEMA = pa.schema(
 def write_row(run_dir: Path, row: Row, config_json: str) -> Path:
     """Write ``row`` as ``results/part-<scenario_id>-<hash of its identity>.parquet``, atomically.
 
-    A row of the same identity is replaced, so a repeated scenario is never counted twice. The schema version and
-    ``config_json`` (the resolved config) go into the Parquet metadata.
+    A row of the same identity is replaced, so a repeated scenario is never counted twice; but one that is good never
+    by a failure. The schema version and ``config_json`` (the resolved config) go into the Parquet metadata.
     """
     digest = hashlib.sha256("\0".join(row.identity).encode()).hexdigest()[:10]
     path = run_dir / "results" / f"part-{row.scenario_id}-{digest}.parquet"
+    if row.status == "failed" and path.exists():
+        with pq.ParquetFile(path) as file:
+            if file.read(["status"])["status"].to_pylist() == ["ok"]:
+                return path
     return write_part(path, [row], SCHEMA, config_json)
 
 

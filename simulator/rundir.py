@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,11 @@ class RunDirectory:
         with _locked(self.path):
             yield
 
+    def discard(self) -> None:
+        """Removes the directory of a run that could not begin; once there is a model or a row, everything stays."""
+        if not any(any((self.path / part).glob("*")) for part in ("models", "results")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
     @property
     def ledger(self) -> Path:
         """The query account."""
@@ -113,6 +119,8 @@ class RunDirectory:
         """The run's own secret, from which the accounts' tokens are made; readable by the owner alone."""
         file = self.path / "ledger" / "secret"
         if not file.exists():
+            if self.ledger.exists() and self.ledger.stat().st_size:
+                raise InputError(f"{file}: missing; without it the accounts of this run cannot be used any more")
             write_atomically(file, secrets.token_hex(32).encode(), mode=0o600)
         return file.read_bytes()
 
@@ -139,12 +147,28 @@ class RunDirectory:
         """Whether :meth:`save_owner` has written this model."""
         return self._model(spec.id).exists()
 
+    def check_owners(self, plan: Plan) -> None:
+        """Sees that every model and key of the owner's that lies here can be read.
+
+        Raises:
+            InputError: one is damaged.
+        """
+        for spec in (*plan.benigns, *plan.victims):
+            try:
+                self.load_owner(spec)
+            except InputError as error:
+                file = self._model(spec.id)
+                raise InputError(f"{error}; remove {file}, and the model is trained again") from None
+
     def load_owner(self, spec: OwnerModel) -> TrainedOwner | None:
         """What :meth:`save_owner` wrote, or None if the model is not trained yet."""
         if not self.has_owner(spec):
             return None
         model, metadata = load_model(self._model(spec.id))
-        header = json.loads(metadata["owner"])
+        try:
+            header = json.loads(metadata["owner"])
+        except (KeyError, ValueError):
+            raise InputError(f"{self._model(spec.id)}: not an owner's model of a run") from None
         marked = spec.watermark is not None
         return TrainedOwner(
             model,

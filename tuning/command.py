@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,7 +15,10 @@ from simulator.cli import terminal
 from simulator.display import Display
 from simulator.errors import InputError
 from simulator.results import collect_provenance, write_run_info
-from tuning.config import read_sweep
+from simulator.rundir import RunDirectory
+from simulator.simulate import World
+from tuning.config import SweepConfig, read_sweep
+from tuning.proposals import Learned, Listed
 from tuning.report import print_sweep, write_sweep_report
 from tuning.sweep import Sweep, create, prepare_sweep, resume
 
@@ -44,6 +46,21 @@ def run_sweep(
         config = read_sweep(source, overrides)
         world, proposals = prepare_sweep(config, data)
         directory = create(config, out)
+    with directory.held():
+        return _run_in(directory, config, world, proposals, address, console, new=earlier is None)
+
+
+def _run_in(
+    directory: RunDirectory,
+    config: SweepConfig,
+    world: World,
+    proposals: Listed | Learned,
+    address: str | None,
+    console: Console,
+    *,
+    new: bool,
+) -> int:
+    """Runs in a directory that no other process works in, then reports."""
     info = collect_provenance(sys.argv, name=config.name, mode="ray", seeds=config.seeds, config_yaml=config.to_yaml())
     write_run_info(directory.path, info)
     display = Display(console, total=proposals.total, noun="trials ended")
@@ -55,8 +72,8 @@ def run_sweep(
         status = 1 if found.failed or found.winner.error or found.default.error else 0
         state = "failed" if status else "done"
     except InputError:
-        if earlier is None and not any((directory.path / "results").glob("*.parquet")):
-            shutil.rmtree(directory.path, ignore_errors=True)
+        if new:
+            directory.discard()
         raise
     except KeyboardInterrupt:
         state = "interrupted"

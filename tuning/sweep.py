@@ -140,7 +140,7 @@ class Sweep:
             if self._workshop is not None:
                 ray.kill(self._workshop)
             self._crew.dismiss()
-        self._directory.clear_test()
+            self._directory.clear_test()
         chosen = chosen.model_copy(update={"search_seconds": seconds, "idle_seconds": idle(spans)})
         sweep = self._directory.path / "sweep"
         write_atomically(sweep / "recommendation.json", chosen.model_dump_json(indent=2).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +38,7 @@ def run_new(config: RunConfig, data: Path | None, out: Path | None, place: Place
     """Runs a configuration in a new directory; returns the exit status.
 
     Raises:
-        InputError: bad input, in one line; then there is no directory.
+        InputError: bad input, in one line; then there is no directory, unless something was trained or measured before.
     """
     from simulator.rundir import RunDirectory
 
@@ -48,7 +47,7 @@ def run_new(config: RunConfig, data: Path | None, out: Path | None, place: Place
         try:
             return _run_in(directory, config, data, place)
         except InputError:
-            shutil.rmtree(directory.path, ignore_errors=True)
+            directory.discard()
             raise
 
 
@@ -97,6 +96,7 @@ def _in_this_process(directory: RunDirectory, config: RunConfig, data: Path | No
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda demands a GPU and torch finds none here; allowed: auto, cpu")
     plan, world = _prepare(config, data)
+    directory.check_owners(plan)
     with _recorded(directory, config, plan, "local", console) as record:
         record.good = LocalRun(config, plan, world, directory, record.display).run()
     return record.state
@@ -115,6 +115,7 @@ def _on_ray(directory: RunDirectory, config: RunConfig, data: Path | None, place
             prepared = aside.submit(_prepare, config, data)
             with connected(place.address, directory.path / "logs"):
                 plan, world = prepared.result()
+                directory.check_owners(plan)
                 with _recorded(directory, config, plan, "ray", console) as record:
                     if place.wait:
                         grow(config, len(plan.scenarios), place.wait)

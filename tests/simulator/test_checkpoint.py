@@ -112,6 +112,13 @@ def test_a_damaged_checkpoint_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("length", [0, 20])
+def test_work_whose_checkpoint_is_damaged_begins_anew(length: int, tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.write("x", to_bytes({"a": torch.ones(3)})[:length])
+    assert folder.checkpoint("x").load() is None
+
+
 def test_nothing_saved_is_nothing_loaded(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "none")
     assert folder.checkpoint("x").load() is None

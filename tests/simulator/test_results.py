@@ -120,6 +120,15 @@ def test_the_same_row_again_replaces_the_first(tmp_path: Path) -> None:
     assert len(list((tmp_path / "results").iterdir())) == 1
 
 
+def test_a_failure_does_not_replace_a_good_row(tmp_path: Path) -> None:
+    good, failed = row(wsr=0.5), row(status="failed", error="no room")
+    write_row(tmp_path, failed, "{}")
+    assert [each.status for each in read_rows(tmp_path)] == ["failed"]
+    write_row(tmp_path, good, "{}")
+    write_row(tmp_path, failed, "{}")
+    assert read_rows(tmp_path) == [good]
+
+
 def test_a_control_measured_with_several_keys_is_several_rows(tmp_path: Path) -> None:
     keys = [("deeptracer", '{"margin": 2.0}'), ("deeptracer", '{"margin": 4.0}'), ("ewe", "{}")]
     for watermark, params in keys:

@@ -17,6 +17,7 @@ import torch
 
 from simulator.config import RunConfig, check_config
 from simulator.errors import InputError
+from simulator.ledger import Ledger, Terms, hash_token
 from simulator.models import Classifier, build, save_model
 from simulator.plan import OwnerModel, Plan, Scenario, make_plan
 from simulator.results import Row, write_row
@@ -108,6 +109,20 @@ class TestCreate:
             RunDirectory.resume(path)
 
 
+class TestDiscard:
+    def test_what_has_not_begun_is_removed(self, directory: RunDirectory) -> None:
+        directory.token("a")
+        directory.discard()
+        assert not directory.path.exists()
+
+    @pytest.mark.parametrize("what", ["models/a.safetensors", "results/part-a.parquet"])
+    def test_what_was_made_stays(self, what: str, directory: RunDirectory) -> None:
+        (directory.path / what).parent.mkdir()
+        (directory.path / what).write_bytes(b"x")
+        directory.discard()
+        assert (directory.path / what).exists()
+
+
 class TestLock:
     def test_a_second_process_is_told_who_has_it(self, directory: RunDirectory) -> None:
         """An open file stands for the process: locks belong to it."""
@@ -168,7 +183,35 @@ class TestTokens:
         assert not any(token.encode() in path.read_bytes() for path in files)
 
 
+    def test_a_lost_secret_is_not_replaced_once_it_was_used(self, config: RunConfig, directory: RunDirectory) -> None:
+        terms = Terms("victim", "soft", 10, hash_token(directory.token("a")))
+        ledger = Ledger(directory.ledger)
+        ledger.open("a", terms)
+        ledger.close()
+        secret = directory.path / "ledger" / "secret"
+        secret.unlink()
+        with pytest.raises(InputError, match=r"ledger/secret: missing"):
+            RunDirectory.resume(directory.path)[0].token("a")
+        assert not secret.exists()
+
+
 class TestModels:
+    @pytest.mark.parametrize("damaged", ["model", "key"])
+    def test_damaged_ones_are_named_before_anything_is_done(
+        self, damaged: str, plan: Plan, directory: RunDirectory
+    ) -> None:
+        directory.check_owners(plan)
+        directory.save_owner(plan.victims[0], TrainedOwner(model(), key(1), key(2), 0.125, 3.5, STARTED))
+        directory.check_owners(plan)
+        name = f"{plan.victims[0].id}.safetensors"
+        file = directory.path / ("models" if damaged == "model" else "keys") / name
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(InputError) as caught:
+            directory.check_owners(plan)
+        assert str(file) in str(caught.value)
+        assert f"remove {directory.path / 'models' / name}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
     def test_a_victim_comes_back_as_it_was(self, plan: Plan, directory: RunDirectory) -> None:
         spec = plan.victims[0]
         assert directory.load_owner(spec) is None
