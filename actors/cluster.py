@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,11 +82,26 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
             raise InputError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
         session = None if address else _session_logs()
         try:
-            yield
+            with _terminated_as_interrupted():
+                yield
         finally:
             ray.shutdown()
             if session is not None:
                 _keep_logs(session, logs / "ray")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as of a job that is stopped, ends the block as Ctrl-C does. Ray's own handler would end the process with
+    the service left on the cluster. (Only a main thread may have it so.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reach(address: str) -> None:

@@ -5,13 +5,16 @@ Nobody here decides what is done when; that is the runner's, or the sweep's. A c
 
 from __future__ import annotations
 
-import time
+import hashlib
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from actors.board import BoardActor
 from actors.cluster import Layout, here
@@ -61,12 +64,13 @@ class Crew:
             trainers: how many are started; one of them stands before everything that it does not need is started.
         """
         path, pinned = str(directory.path), {"scheduling_strategy": here()}
+        _end_service(_app_name(directory))
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
         directory.save_test(world.dataset.test, world.dataset.attacker if config.detectors else None)
         crew = cls(
             layout,
             config.resources.precision,
-            f"exsim-{directory.path.name}-{time.time_ns()}",
+            _app_name(directory),
             worlds=(ray.put(world), ray.put(world.for_attackers())),
             board=BoardActor.options(**pinned).remote(),
             keeper=KeeperActor.options(**pinned).remote(path),
@@ -79,7 +83,9 @@ class Crew:
             ray.wait([crew.workers[0].__ray_ready__.remote()], timeout=HEAD_START)
         crew.ledger = LedgerActor.options(**pinned).remote(str(directory.ledger), config.sync_ledger)
         crew.shelf = ShelfActor.options(**pinned).remote(path)
-        collector: Any = CollectorActor.options(**layout.collector.options(), **pinned)
+        # it has to be on this node, which may have no CPU to offer, or none left by now: what it takes was left for it,
+        # and it waits for nobody
+        collector: Any = CollectorActor.options(num_cpus=0, **pinned)
         crew.collectors = [collector.remote(path, config, world.dataset.name) for _ in range(layout.collectors)]
         if config.query_log:
             crew.log = LogFilesActor.options(**pinned).remote(path)
@@ -125,7 +131,21 @@ class Crew:
     def dismiss(self) -> None:
         """Ends the service and every actor: the cluster and this process may go on."""
         # the replicas write their query log to its end when they stop
-        serve.delete(self.app, _blocking=self.log is not None)
+        with suppress(RayServeException):  # Serve never came up
+            serve.delete(self.app, _blocking=self.log is not None)
         others = (*self.collectors, self.keeper, self.shelf, self.board, self.ledger, self.log)
         for actor in (*self.workers, *(actor for actor in others if actor is not None)):
             ray.kill(actor)
+
+
+def _app_name(directory: RunDirectory) -> str:
+    """The name of a directory's service: always the same, so that what a killed driver has left is found."""
+    where = hashlib.sha256(f"{socket.gethostname()}:{directory.path}".encode()).hexdigest()[:10]
+    return f"exsim-{directory.path.name}-{where}"
+
+
+def _end_service(app: str) -> None:
+    """Ends the service that an earlier driver, which was killed, has left: Serve's actors outlive drivers, and it would
+    keep its share of the cluster for ever. Nobody else works in the directory, for it is locked."""
+    if app in serve.status().applications:
+        serve.delete(app)

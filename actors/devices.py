@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,19 @@ class Placement:
     gpu: bool
     share: float
 
+    def __str__(self) -> str:
+        return f"{self.share:g} of a {'GPU' if self.gpu else 'CPU'}"
+
+    def fits(self, node: Mapping[str, float]) -> bool:
+        """Whether a node with these resources could ever hold it."""
+        return all(node.get(name, 0.0) >= amount for name, amount in self._amounts().items())
+
+    def _amounts(self) -> dict[str, float]:
+        return {"GPU": self.share, "CPU": CPU_BESIDE_GPU} if self.gpu else {"CPU": self.share}
+
     def options(self) -> dict[str, Any]:
         """The options for ``ray.remote`` or a deployment's ``ray_actor_options``."""
-        if self.gpu:
-            return {"num_gpus": self.share, "num_cpus": CPU_BESIDE_GPU}
-        return {"num_cpus": self.share}
+        return {f"num_{name.lower()}s": amount for name, amount in self._amounts().items()}
 
 
 def settle(placement: Placement) -> torch.device:

@@ -89,8 +89,12 @@ class Jobs:
                 job.lost(why[:200])
             else:
                 job.failed(why)
-            return
-        job.done(value)
+        else:
+            job.done(value)
+        finally:
+            # `done` may hold its job, and both what the call returned: a model, that would lie in the object store
+            # until Python looks for such circles
+            job.refs = []
 
 
 class Deployment:

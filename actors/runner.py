@@ -176,8 +176,15 @@ class RayRun:
         self._nodes = max(self._nodes, up)
         if up == self._nodes or (self._training() and self._serving()):
             self._missing_since = 0.0
-        elif not self._missing_since or (now - self._missing_since > ROOM and self._attackers.shed()):
+        elif not self._missing_since or (
+            now - self._missing_since > ROOM and self._has_place() and self._attackers.shed()
+        ):
             self._missing_since = now
+
+    def _has_place(self) -> bool:
+        """Whether what is missing would fit a node that is left; else nobody's going would help."""
+        missing = [self._layout.trainer] * (not self._training()) + [self._layout.victim] * (not self._serving())
+        return all(any(share.fits(node) for node in nodes()) for share in missing)
 
     def _training(self) -> bool:
         return not self._untrained or self._trainers.working
@@ -230,13 +237,15 @@ class RayRun:
     def _keep(self, spec: OwnerModel, refs: Sequence[ObjectRef[Any]]) -> None:
         """Goes on with an owner's model when it is on disk; if it was lost before, it is trained again."""
 
+        def lost(why: str) -> None:
+            self._lose(spec, f"whoever measured it died, again and again: {why}")
+
         def done(_: Any) -> None:
             model, triggers, _seconds = refs
             self._owners[spec.id] = Owner(model, triggers)
             measured = self._collector.measure_owner.remote(spec)
             self._jobs.submit(
-                Job(lambda rows: self._measured_owner(spec, rows), lambda why: self._lose(spec, why), self._broken),
-                [measured],
+                Job(lambda rows: self._measured_owner(spec, rows), lambda why: self._lose(spec, why), lost), [measured]
             )
             if spec.watermark is None:
                 # a marked victim needs nothing of the benign one but its weights
@@ -256,6 +265,7 @@ class RayRun:
         """A model of the owner's could not be trained: it, and all that needs it, become rows with the error."""
         gone = [spec] if spec.watermark else [v for v in self._plan.victims if v.benign.id == spec.id]
         self._lost[spec.id] = why
+        self._untrained = deque(other for other in self._untrained if other not in gone)
         for victim in gone:
             self._lost[victim.id] = why
             self._report(self._collector.add_owner_failure.remote(victim, why))
@@ -372,4 +382,12 @@ class RayRun:
             phase, done, total = self._notices.get(name, ("starting", 0, 1))
             spent = sum(self._spent.get(account, 0) for account in self._accounts.get(name, ()))
             tasks[name] = Task(self._labels[name], phase, done, total, self._budgets.get(name), spent)
-        self._display.replace_all(tasks, "measuring" if not tasks else "")
+        self._display.replace_all(tasks, "" if tasks else self._waited_for())
+
+    def _waited_for(self) -> str:
+        """What everybody waits for while no work is under way."""
+        if self._untrained:
+            return f"waiting for a trainer: {self._layout.trainer}"
+        if self._handle is None or (self._missing_since and not self._serving()):
+            return f"waiting for the service: {self._layout.victim} for each replica"
+        return "measuring" if self._jobs else f"waiting for an attacker: {self._layout.attacker}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.board import Posting
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the t
 
     from actors.victim import ServeTransport, Victim
 
+#: how often a call to the collector is made again after its death
+MEASURE_RETRIES = 9
 #: of an owner's model what others need: its weights for whoever trains on from them, the triggers for thieves; and,
 #: for the driver, its seconds
 Parts = tuple[bytes, KeySamples | None, float]
@@ -178,16 +181,24 @@ class CollectorService:
 
 
 def kept(keeper: ActorHandle[Any], name: str) -> TimedCheckpoint:
-    """The checkpoint of one piece of work at the keeper. Nobody waits for a write: a lost one costs some work again."""
+    """The checkpoint of one piece of work at the keeper. Nobody waits for a write: a lost one costs some work again, as
+    does one that is left out because the keeper has not done with the last."""
+    last: list[ObjectRef[Any]] = []
 
     def read() -> bytes | None:
         reference: Any = keeper.read.remote(name)
         data: bytes | None = ray.get(reference)
         return data
 
-    return TimedCheckpoint(read, lambda data: keeper.write.remote(name, data))
+    def write(data: bytes) -> None:
+        if last and not ray.wait(last, timeout=0)[0]:
+            return
+        last[:] = [keeper.write.remote(name, data)]
+
+    return TimedCheckpoint(read, write)
 
 
 TrainerActor = ray.remote(Trainer)
 AttackerActor = ray.remote(Attacker)
-CollectorActor = ray.remote(max_restarts=-1, max_task_retries=-1)(CollectorService)
+# A model that kills whoever measures it, by its size, must not do so for ever: the call is lost after some deaths.
+CollectorActor = ray.remote(max_restarts=-1, max_task_retries=MEASURE_RETRIES)(CollectorService)

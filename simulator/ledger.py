@@ -203,7 +203,10 @@ class Ledger:
         paid = entry.grants.get(key)
         if paid is not None:
             if paid != (count, digest):
-                raise KeyReused(f"account {name}: key {key} was used for other images")
+                raise KeyReused(
+                    f"account {name}: key {key} was used for other images (what is begun again on another kind of "
+                    "processor, or with other versions, may choose others: go on where it began, or in a new directory)"
+                )
             return Grant(count, fresh=False, remaining=remaining)
         if key < 0 or count < 1:
             raise Refused(f"account {name}: key {key} and count {count} must be at least 0 and 1")

@@ -100,6 +100,8 @@ class Workers:
                     raise WorkFailed(one_line(innermost(error))) from None
                 died = one_line(innermost(error))[:200]
                 self._replace(worker)
+                while not self._idle.empty():  # a node may have been lost, and others with it
+                    self._welcome(self._idle.get_nowait())
                 continue
             self._idle.put_nowait(worker)
             try:
@@ -115,16 +117,21 @@ class Workers:
     def _replace(self, worker: Any) -> None:
         """Starts another, which gets work when it is there: the cluster may have no room for it before others end."""
         ray.kill(worker)
+        self._welcome(self._new())
+
+    def _welcome(self, worker: Any) -> None:
+        """Takes a worker in when it answers, or another in its place."""
 
         async def arrive() -> None:
+            one = worker
             for _ in range(ATTEMPTS):
-                other = self._new()
                 try:
-                    await other.__ray_ready__.remote()
+                    await one.__ray_ready__.remote()
                 except RayError:
+                    one = self._new()
                     continue
                 break
-            self._idle.put_nowait(other)  # one that could not be started says why to whoever gives it work
+            self._idle.put_nowait(one)  # one that could not be started says why to whoever gives it work
 
         task = asyncio.get_running_loop().create_task(arrive())
         self._arriving.add(task)
@@ -299,13 +306,17 @@ class Workshop:
     async def _owner(self, spec: OwnerModel, plan: Plan, works: set[str]) -> list[Any]:
         """An owner's model, trained, on the shelf and measured: references to what the collector returns."""
 
+        def kept(refs: Sequence[ObjectRef[Any]]) -> list[Any]:
+            # whoever trains on from it needs a benign model's weights; a marked one's would lie in memory for nothing
+            return [None if spec.watermark else refs[0], *refs[1:]]
+
         async def work() -> list[Any]:
             known = spec.watermark is None or self._victims.read(spec.id) is not None
             if self._directory.has_owner(spec) and known:
-                return list(self._crew.collector.load_owner.options(num_returns=3).remote(spec))
+                return kept(self._crew.collector.load_owner.options(num_returns=3).remote(spec))
             benign = (await self._owner(spec.benign, plan, works))[0] if spec.watermark else None
             try:
-                return await self._train(spec, benign)
+                return kept(await self._train(spec, benign))
             except WorkFailed as error:
                 self._note(await self._crew.collector.add_owner_failure.remote(spec, str(error)))
                 raise

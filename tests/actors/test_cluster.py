@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import ray
+from ray import serve
 
-from actors import cluster
+from actors import cluster, crew
 from actors.cluster import Layout, _reach, connected, lay_out
 from actors.devices import Placement, settle
 from simulator.config import check_config
@@ -160,6 +162,40 @@ def test_without_a_gpu_of_its_own_a_process_computes_on_the_cpu() -> None:
 
 
 @pytest.mark.ray
+def test_a_job_that_is_stopped_ends_as_by_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), cluster._terminated_as_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_service_that_a_killed_driver_has_left_is_ended(ray_session: None) -> None:
+    class Left:
+        def __call__(self) -> None: ...
+
+    serve.start(proxy_location="Disabled")
+    serve.run(serve.deployment(Left).bind(), name="exsim-left", route_prefix=None)
+    crew._end_service("exsim-other")
+    assert "exsim-left" in serve.status().applications
+    crew._end_service("exsim-left")
+    assert "exsim-left" not in serve.status().applications
+
+
+@pytest.mark.parametrize(
+    ("gpu", "node", "fits"),
+    [
+        (False, {"CPU": 1.0}, True),
+        (False, {"CPU": 0.25, "GPU": 1.0}, False),
+        (True, {"CPU": 1.0, "GPU": 1.0}, True),
+        (True, {"CPU": 1.0}, False),
+    ],
+)
+def test_what_a_node_can_hold(gpu: bool, node: dict[str, float], fits: bool) -> None:
+    assert Placement(gpu, 0.5).fits(node) == fits
+
+
 def test_a_connection_that_exists_is_used_and_left_alone(ray_session: None, tmp_path: Path) -> None:
     node = ray.get_runtime_context().get_node_id()
     with connected("10.255.255.1:1", tmp_path):
@@ -186,6 +222,7 @@ ON_A_LOGICAL_GPU = """
 import os, sys
 from pathlib import Path
 import ray
+from ray import serve
 from actors.cluster import _reach, connected, lay_out
 from actors.devices import settle
 from simulator.config import check_config

@@ -52,6 +52,9 @@ class Worker:
     def sleep(self) -> None:
         time.sleep(600)
 
+    def fail(self) -> None:
+        raise ValueError("no")
+
 
 class Hall:
     """Starts workers for pools, and ends all of them."""
@@ -142,6 +145,18 @@ def test_one_that_makes_room_has_not_died_by_itself(hall: Hall) -> None:
     until(lambda: bool(jobs.finish_some() or lost))
     assert not pool.drop(worker)
     assert not pool.working
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("good", [True, False])
+def test_a_job_that_has_ended_keeps_nothing_of_what_it_returned(hall: Hall, good: bool) -> None:
+    """Its circle of references would hold it until Python looks for circles: an object store full of models."""
+    worker, ended = hall.new(), []
+    jobs, job = Jobs(), Job(lambda _: ended.append(job), lambda _: ended.append(job), lambda _: ended.append(job))
+    jobs.submit(job, [worker.pid.remote() if good else worker.fail.remote()])
+    until(lambda: bool(jobs.finish_some() or ended))
+    assert ended == [job]
+    assert job.refs == []
 
 
 @pytest.mark.ray

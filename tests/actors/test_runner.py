@@ -210,11 +210,11 @@ def test_a_damaged_account_is_refused_before_anything_starts(tiny_config: Path, 
 def test_an_account_that_was_opened_on_other_terms_is_one_line(
     tiny_config: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    """As when the run's secret was deleted: the accounts' tokens are new ones then."""
+    """As when the run's secret is another one: so are the accounts' tokens."""
     path = tmp_path / "run"
     shutil.copytree(tiny_run, path)
     shutil.rmtree(path / "results")
-    (path / "ledger" / "secret").unlink()
+    (path / "ledger" / "secret").write_text("another")
     with pytest.raises(InputError, match="is already open on other terms") as caught:
         start(RayRun, read_config(str(tiny_config)), path)
     assert "\n" not in str(caught.value)

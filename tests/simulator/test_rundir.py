@@ -182,7 +182,6 @@ class TestTokens:
         files = [path for path in directory.path.rglob("*") if path.is_file()]
         assert not any(token.encode() in path.read_bytes() for path in files)
 
-
     def test_a_lost_secret_is_not_replaced_once_it_was_used(self, config: RunConfig, directory: RunDirectory) -> None:
         terms = Terms("victim", "soft", 10, hash_token(directory.token("a")))
         ledger = Ledger(directory.ledger)
