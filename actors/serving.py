@@ -9,7 +9,6 @@ Started again on the same DIR, the accounts go on with what they have left.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from actors.stores import ShelfActor
 from actors.victim import MAX_ONGOING
 from simulator.answers import check_labels
 from simulator.errors import InputError
-from simulator.files import Folder, write_atomically
+from simulator.files import LOCK, Folder, locked, write_atomically
 from simulator.http_oracle import HttpClient, ModelInfo
 from simulator.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.models import load_model
@@ -45,6 +44,8 @@ from simulator.models.classifier import ModelSpec
 from simulator.service import MAX_BATCH
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+#: what an earlier serve may have left, however it ended; "lock" was the lock's name once
+OURS = {LOCK, "lock", "logs", "models", "ledger", "tokens.json"}
 #: seconds in which a request has to be answered
 REQUEST_SECONDS = 120.0
 #: seconds in which the door has to open
@@ -226,24 +227,21 @@ def _other_terms(name: str, old: Terms, new: Terms) -> str:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keeps other processes of this machine out of the directory: two ledgers over one log would not be exact.
+    """Makes the directory, or takes an earlier one, and keeps other processes out: there is one ledger over one log.
 
     Raises:
-        InputError: another process serves from it.
+        InputError: another process works there, or it holds something else: a run's accounts are not to be sold.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{directory}: another exsim serve works there; stop it or take another --dir") from None
+            directory.mkdir(parents=True, exist_ok=True)
+            found = {entry.name for entry in directory.iterdir()}
+            if "config.yaml" in found or (found - OURS and not (directory / "ledger" / "ledger.log").exists()):
+                raise InputError(f"--dir {directory}: holds something else; allowed: an empty or an earlier one")
+            stack.enter_context(locked(directory))
+        except OSError as error:
+            raise InputError(f"--dir {directory}: cannot be written: {error.strerror}") from None
         yield
-    finally:
-        os.close(handle)
 
 
 def free_port(host: str, port: int) -> int:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from simulator.errors import InputError
+
+#: the file that the process which works in a folder has locked
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -38,6 +46,25 @@ def try_lock(file: int) -> bool:
     except OSError:
         return True
     return True
+
+
+@contextmanager
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Keeps other processes from working in a folder, inside the block, by a lock on a file in it.
+
+    Raises:
+        InputError: another process works there now.
+    """
+    file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not try_lock(file):
+            holder = os.read(file, 200).decode(errors="replace").strip() or "unknown"
+            raise InputError(f"{folder}: in use by another process ({holder}); wait for its end or stop it")
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(file)
 
 
 class Folder:

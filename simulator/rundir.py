@@ -15,7 +15,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from simulator.checkpoint import CheckpointFolder
 from simulator.config import RunConfig, read_config
 from simulator.data import Images
 from simulator.errors import InputError
-from simulator.files import Folder, try_lock, write_atomically
+from simulator.files import LOCK, Folder, locked, write_atomically
 from simulator.ledger import Ledger
 from simulator.models import load_model, save_model
 from simulator.plan import OwnerModel, Plan, Scenario
@@ -36,9 +35,6 @@ from simulator.results import Row, read_rows
 from simulator.simulate import Theft, TrainedOwner
 from simulator.tensorfile import read_tensors, write_tensors
 from simulator.watermarks.key import load_key, save_key
-
-#: the file that the process which works in a run's directory has locked
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class RunDirectory:
         try:
             _demand_unused(path)
             path.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
+            with locked(path):
                 _demand_unused(path)  # it may have been made since
                 (path / "logs").mkdir(exist_ok=True)
                 write_atomically(path / "config.yaml", config.to_yaml().encode())
@@ -87,7 +83,7 @@ class RunDirectory:
         Raises:
             InputError: another process does so now.
         """
-        with _locked(self.path):
+        with locked(self.path):
             yield
 
     def discard(self) -> None:
@@ -233,20 +229,6 @@ class RunDirectory:
 def _demand_unused(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())):
         raise InputError(f"{path}: exists and is not an empty directory; resume it with --resume, or name another")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not try_lock(file):
-            holder = os.read(file, 200).decode(errors="replace").strip() or "unknown"
-            raise InputError(f"{path}: in use by another process ({holder}); wait for its end or stop it")
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        os.close(file)
 
 
 def _unused(path: Path) -> Path:

@@ -59,10 +59,23 @@ def test_an_account_keeps_its_terms(tmp_path: Path, change: dict[str, Any], word
 
 
 def test_one_process_at_a_time_serves_from_a_directory(tmp_path: Path) -> None:
-    with held(tmp_path), pytest.raises(InputError, match="another exsim serve"), held(tmp_path):
+    with held(tmp_path), pytest.raises(InputError, match="in use by another process"), held(tmp_path):
         pass
     with held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("found", ["notes.txt", "run"])
+def test_what_is_no_earlier_serves_directory_is_left_alone(found: str, tmp_path: Path) -> None:
+    """A run's has a ledger, too, on which another's accounts would be opened."""
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    if found == "run":
+        (tmp_path / "ledger" / "ledger.log").touch()
+        (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match="holds something else"), held(tmp_path):
+        pass
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_accounts_by_number_or_by_name() -> None:
@@ -150,7 +163,7 @@ def test_a_model_is_served_asked_and_ended_and_its_balance_is_kept(folder: Path)
         with pytest.raises(BudgetExhausted, match="6 of 10 remain"):
             oracle.query(IMAGES[:20])
         assert requests.get(url + "/v1/account", timeout=60).status_code == 401
-        with held(folder), pytest.raises(InputError, match="another exsim serve"), held(folder / "kept"):
+        with pytest.raises(InputError, match="in use by another process"), held(folder / "kept"):
             pass
         os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all processes that it started
         out, err = process.communicate(timeout=120)
