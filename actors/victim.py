@@ -18,7 +18,6 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.devices import Placement, settle
+from actors.jobs import innermost
+from actors.ledger import NOTHING
 from actors.metrics import Tally, VictimMetrics
 from actors.turns import Teller, Worker
 from simulator.errors import InputError
@@ -40,8 +41,6 @@ from simulator.models import from_bytes
 from simulator.querylog import QueryLog
 from simulator.service import MAX_BYTES, MalformedQuery, Precision, Query, VictimService, check_form, well_formed
 
-#: no accounts' attacks
-NOTHING: Mapping[str, str] = MappingProxyType({})
 #: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
 MAX_ONGOING = 256
 #: messages of one account that a replica holds at once
@@ -179,7 +178,7 @@ class Victim:
         try:
             terms = await self._know(query.account)
         except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
-            cause = refusal.cause if isinstance(refusal, RayTaskError) else refusal
+            cause = innermost(refusal)
             return cause if isinstance(cause, InputError) else refusal
         await self._load(terms.victim)
         try:
@@ -304,9 +303,7 @@ class ServeTransport:
                     return answers
             except RayTaskError as error:
                 # the ledger knows no such account: wrapped once for each actor that this passed
-                cause: BaseException = error
-                while isinstance(cause, RayTaskError):
-                    cause = cause.cause
+                cause = innermost(error)
                 if isinstance(cause, InputError):
                     raise cause from None
                 raise
