@@ -4,7 +4,7 @@ set -euo pipefail
 .venv/bin/python - "$@" <<'P'
 import json, shlex, sys
 from pathlib import Path
-import duckdb
+import duckdb, yaml
 from simulator.verification import wilson_interval
 name, runs = sys.argv[1], [Path(each) for each in sys.argv[2:]]
 QUERY = """
@@ -33,10 +33,13 @@ for run in runs:
     for attack, params, pool, labels, accounts, detector, clients, noticed, after, latest, least in rows:
         others = [row[1] for row in rows if row[0] == attack]
         low, high = wilson_interval(noticed, clients)
-        cells = [attack + differing(params, others), pool, labels or "–", accounts or "–", detector, f"{noticed} of {clients}",
-                 f"{100 * low:.0f} to {100 * high:.0f} %", "–" if after is None else f"{after:.0f}", latest or "–", "–" if least is None else f"{least:.3f}"]
+        interval = "–" if attack == "benign client" else f"{100 * low:.0f} to {100 * high:.0f} %"
+        cells = [attack + differing(params, others), pool, labels or "–", accounts or "–", detector, f"{noticed} of {clients}", interval, "–" if after is None else f"{after:.0f}", latest or "–", "–" if least is None else f"{least:.3f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |\n")
     text.append("".join(lines))
+    clients = yaml.safe_load((run / "config.yaml").read_text())["benign_clients"]
+    text.append(f"{clients['count']} benign clients for each source and victim ask {clients['queries']} of the source's images each: they share images, "
+                "so they are fewer independent ones than their number says, and no interval is given.\n")
     text.append((run / "report/table.md").read_text())
 Path("results").mkdir(exist_ok=True)
 Path(f"results/{name}.md").write_text("\n".join(text))
