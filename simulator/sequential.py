@@ -7,10 +7,21 @@ samples as only a thief's model would is decided. With h hits among n answers, t
     Λ = h ln(p1 / p0) + (n - h) ln((1 - p1) / (1 - p0)),
 
 and asking stops at Λ >= ln((1 - β) / α), verified, or at Λ <= ln(β / (1 - α)), not verified (Wald, "Sequential Tests
-of Statistical Hypotheses", Annals of Mathematical Statistics, 1945). If no key ran out, an innocent suspect (WSR <= p0)
-would be verified with a probability of at most α / (1 - β), a thief (WSR >= p1) missed with at most β / (1 - α), and
-the sum of both is at most α + β. The bounds hold for answers that are independent draws, as key samples made by one
-recipe and asked in random order are. Between p0 and p1 either verdict may come.
+of Statistical Hypotheses", Annals of Mathematical Statistics, 1945). A key that never ran out would verify an innocent
+suspect (WSR <= p0) with a probability of at most α / (1 - β) and miss a thief (WSR >= p1) with at most β / (1 - α), the
+sum of both at most α + β. Between p0 and p1 either verdict may come.
+
+A key does run out. Where all its n samples leave Λ between the bounds, the suspect is verified from
+
+    c = min {c > n p0 : P(Λ reached its upper bound) + P(Λ reached none, h >= c) <= α / (1 - β) at WSR p0}
+
+hits on, by exact summation over the paths of h. So **an innocent suspect is verified with a probability of at most
+α / (1 - β) whatever the key's length**; that a thief is missed as rarely as promised takes a key long enough. (That the
+whole WSR is above p0 would be no test: a suspect at p0 is so about every other time.)
+
+The bound holds for answers that are independent of each other, each the key's with a probability of at most p0. It also
+holds where the suspect's WSR over this very key is at most p0 and only the order is drawn (tested for keys up to 300;
+drawing without putting back spreads less).
 """
 
 from __future__ import annotations
@@ -35,8 +46,8 @@ STOLEN_OVER_THRESHOLD = 2.0
 class SequentialTest(Settings):
     """The rule of the test: ``benign_wsr`` is p0, ``stolen_wsr`` p1, ``alpha`` and ``beta`` the error rates.
 
-    p0 is the threshold of :class:`~simulator.verification.Verification`, so that no suspect is accused whom the
-    fixed-size rule would acquit, up to the error rate.
+    p0 is the threshold of :class:`~simulator.verification.Verification`: whom the fixed-size rule would acquit is
+    accused with a probability of at most :attr:`accusation_bound`.
     """
 
     benign_wsr: float = Field(Verification().threshold, gt=0, lt=1)
@@ -66,6 +77,33 @@ class SequentialTest(Settings):
         miss, hit = self.steps
         return hits * hit + (asked - hits) * miss
 
+    @property
+    def accusation_bound(self) -> float:
+        """The probability, at most, with which a suspect whose WSR is at most p0 is verified: α / (1 - β)."""
+        return self.alpha / (1 - self.beta)
+
+    def least_hits(self, samples: int) -> int:
+        """c: hits from which on a whole key of so many samples that ends undecided verifies; ``samples + 1`` where
+        none would do."""
+        going, accused = {0: 1.0}, 0.0
+        for asked in range(1, samples + 1):
+            following: dict[int, float] = {}
+            for hits, chance in going.items():
+                for now, part in ((hits + 1, self.benign_wsr * chance), (hits, (1 - self.benign_wsr) * chance)):
+                    found = self.decide(now, asked)
+                    if found is None:
+                        following[now] = following.get(now, 0.0) + part
+                    elif found:
+                        accused += part
+            going = following
+        least = samples + 1
+        for hits in sorted(going, reverse=True):
+            accused += going[hits]
+            if hits <= self.benign_wsr * samples or accused > self.accusation_bound:
+                break
+            least = hits
+        return least
+
     def decide(self, hits: int, asked: int) -> bool | None:
         """Verified, not verified, or None: go on asking."""
         low, high = self.bounds
@@ -84,8 +122,8 @@ class SequentialVerdict:
 
     Attributes:
         verified: the suspect carries the watermark.
-        decided: the test decided. Otherwise no sample, or no allowed query, was left: on a whole key the fixed-size
-            rule (WSR above p0) gives ``verified``, else nothing was shown and it is false.
+        decided: Λ reached a bound. Otherwise no sample, or no allowed query, was left: on a whole key ``hits`` against
+            :meth:`SequentialTest.least_hits` gives ``verified``, else nothing was shown and it is false.
         hits: answers that were the key's.
         asked: queries made.
         samples: of the key.
@@ -129,5 +167,5 @@ def verify_sequentially(
         if decision is not None:
             break
     whole = asked == len(key) > 0
-    verified = decision if decision is not None else whole and hits / asked > rule.benign_wsr
+    verified = decision if decision is not None else whole and hits >= rule.least_hits(len(key))
     return SequentialVerdict(verified, decision is not None, hits, asked, len(key), rule.ratio(hits, asked))

@@ -12,7 +12,7 @@ from simulator.http_oracle import HttpClient, LabelAsker, model_info
 from simulator.models import load_model
 from simulator.seeding import generator_for
 from simulator.sequential import SequentialTest, SequentialVerdict, default_stolen_wsr, verify_sequentially
-from simulator.verification import Verdict, Verification, verify
+from simulator.verification import Verdict, Verification, small_key, verify
 from simulator.watermarks.key import KeySamples, load_key
 
 #: seconds of trying again where nothing answers: a person waits
@@ -35,10 +35,11 @@ def verify_file(model: Path, key: Path, threshold: float) -> tuple[Verdict, str]
     _check_fit(key, samples, "the model", (spec.channels, spec.size, spec.size), spec.classes)
     found = verify(suspect, samples, rule)
     chance = f"{found.p_value:.3g}" if found.p_value else "below 1e-300"
+    doubt = small_key(found.samples, samples.classes, rule)
     return found, (
         f"{_answer(found.verified)}\nWSR {found.wsr:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}) on "
         f"{found.samples} key samples, threshold {threshold:g}\np-value {chance}: the chance that a model without the "
-        f"watermark, right once in {samples.classes}, does as well"
+        f"watermark, right once in {samples.classes}, does as well" + (f"\nwarning: {doubt}" if doubt else "")
     )
 
 
@@ -105,7 +106,12 @@ def _about(found: SequentialVerdict, rule: SequentialTest, seed: int) -> str:
     elif found.saved:
         end = f"undecided between {low:.2f} and {high:.2f}: more queries are needed"
     else:
-        end = f"undecided between {low:.2f} and {high:.2f}: the whole key's WSR against the threshold decides"
+        least = rule.least_hits(found.samples)
+        counts = f"verified from {least} hits on" if least <= found.samples else "the key is too short to verify by"
+        end = (
+            f"undecided between {low:.2f} and {high:.2f} at the key's end: {counts}, so that an innocent suspect is "
+            f"verified with a probability of at most {rule.accusation_bound:.3g}"
+        )
     return (
         f"{_answer(found.verified)}\n{found.hits} of {found.asked} answers are the key's; {found.asked} queries, "
         f"{found.saved} of the key's {found.samples} samples saved (seed {seed})\n"

@@ -20,6 +20,8 @@ from simulator.watermarks.key import KeySamples
 
 #: the 97.5 % point of the normal distribution, for 95 % intervals
 Z95 = 1.959963984540054
+#: the probability of a verdict by chance above which a key counts as too small
+DOUBTFUL = 1e-3
 
 
 class Verification(Settings):
@@ -64,11 +66,35 @@ def p_value(successes: int, trials: int, classes: int) -> float:
     return float(binom.sf(successes - 1, trials, 1 / classes))
 
 
+def chance_verdict(samples: int, classes: int, rule: Verification) -> float:
+    """How likely a model without the watermark, right on each of so many key samples with probability 1 / K, is
+    verified all the same: ``P(X > threshold · samples)`` for X ~ B(samples, 1 / classes)."""
+    least = next((hits for hits in range(samples + 1) if verdict_of(hits, samples, rule)), samples + 1)
+    return p_value(least, samples, classes)
+
+
+def small_key(samples: int, classes: int, rule: Verification) -> str | None:
+    """What to say of a key with which chance verifies more often than :data:`DOUBTFUL`; None of a larger one."""
+    chance = chance_verdict(samples, classes, rule)
+    if chance <= DOUBTFUL:
+        return None
+    return (
+        f"the key has {samples} samples: a model without the watermark, right once in {classes}, is verified with "
+        f"a probability of {chance:.2g}"
+    )
+
+
+def verdict_of(successes: int, trials: int, rule: Verification) -> bool:
+    """Whether a count verifies: the WSR has to *exceed* the threshold, and no key samples verify nothing."""
+    return trials > 0 and successes / trials > rule.threshold
+
+
 def verdict(successes: int, trials: int, classes: int, rule: Verification) -> Verdict:
-    """The verdict on a count. The WSR has to *exceed* the threshold; no key samples verify nothing."""
+    """The verdict on a count (see :func:`verdict_of`)."""
     wsr = successes / trials if trials else 0.0
     low, high = wilson_interval(successes, trials)
-    return Verdict(wsr, low, high, p_value(successes, trials, classes), trials, wsr > rule.threshold)
+    chance = p_value(successes, trials, classes)
+    return Verdict(wsr, low, high, chance, trials, verdict_of(successes, trials, rule))
 
 
 def verify_labels(answers: Tensor, key: KeySamples, rule: Verification) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -162,15 +163,65 @@ def test_the_order_is_drawn_from_the_seed_and_no_sample_is_asked_twice() -> None
     assert asked(1) != sorted(asked(1))
 
 
-def test_an_undecided_key_falls_back_on_the_fixed_rule_and_an_undecided_limit_on_nothing() -> None:
-    rule = SequentialTest(alpha=1e-9, beta=1e-9)
+def accused(rule: SequentialTest, samples: int, hits: int | None = None) -> float:
+    """P(verified) with a whole key of so many samples, by summing over all paths: at a rate of p0, or of a key of which
+    so many samples are hits, drawn without putting back."""
+    going, verified = {0: 1.0}, 0.0
+    for asked in range(1, samples + 1):
+        following: dict[int, float] = {}
+        for before, chance in going.items():
+            rate = rule.benign_wsr if hits is None else (hits - before) / (samples - asked + 1)
+            for now, part in ((before + 1, chance * rate), (before, chance * (1 - rate))):
+                found = rule.decide(now, asked)
+                if found is None:
+                    following[now] = following.get(now, 0.0) + part
+                else:
+                    verified += found * part
+        going = following
+    return verified + sum(chance for end, chance in going.items() if end >= rule.least_hits(samples))
+
+
+@pytest.mark.parametrize("samples", [10, 20, 30, 50, 90, 200])
+def test_a_short_key_accuses_an_innocent_suspect_as_rarely_as_a_long_one_exactly(samples: int) -> None:
+    """A whole WSR above p0 as the rule would accuse .32, .37, .35, .18, .057 and .039 of the suspects at p0."""
+    rule = SequentialTest()
+    assert rule.accusation_bound == pytest.approx(0.05 / 0.95)
+    assert accused(rule, samples) <= rule.accusation_bound
+    assert accused(rule, samples, hits=math.floor(0.2 * samples)) <= rule.accusation_bound
+
+
+@given(RULES, st.integers(1, 150))
+def test_the_bound_is_kept_at_every_length_exactly(rule: SequentialTest, samples: int) -> None:
+    assert accused(rule, samples) <= rule.accusation_bound + 1e-9
+    assert accused(rule, samples, hits=math.floor(rule.benign_wsr * samples)) <= rule.accusation_bound + 1e-9
+    assert rule.benign_wsr * samples < rule.least_hits(samples) <= samples + 1
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 7, 9])
+def test_all_answers_that_a_suspect_may_give_add_up_to_the_bound(samples: int) -> None:
+    """Every sequence of answers through the function itself, weighted as a suspect at p0 gives it."""
+    rule, chance = SequentialTest(), 0.0
+    for answers in itertools.product((0, 1), repeat=samples):  # of a key whose labels are all 0
+        found = verify_sequentially(
+            lambda _, left=list(answers): left.pop(), key_of(samples, samples), rule, generator=torch.Generator()
+        )
+        chance += found.verified * 0.2 ** answers.count(0) * 0.8 ** answers.count(1)
+    assert chance == pytest.approx(accused(rule, samples))
+    assert chance <= rule.accusation_bound
+
+
+def test_an_undecided_key_needs_as_many_hits_as_chance_hardly_gives_and_an_undecided_limit_shows_nothing() -> None:
+    # the bounds are out of reach, so h ~ B(10, .2): P(h >= 5) = .033, P(h >= 4) = .121
+    rule = SequentialTest(stolen_wsr=0.21)
+    assert rule.least_hits(10) == 5
+    assert SequentialTest().least_hits(1) == 2, "one sample shows nothing"
 
     def go(hits: int, **options: int) -> tuple[bool, bool, int]:
         found = verify_sequentially(suspect, key_of(hits, 10), rule, generator=torch.Generator(), **options)
         return found.verified, found.decided, found.asked
 
-    assert go(3) == (True, False, 10)
-    assert go(2) == (False, False, 10)
+    assert go(5) == (True, False, 10)
+    assert go(4) == (False, False, 10)
     assert go(10, max_queries=9) == (False, False, 9)
     assert go(10, max_queries=99) == (True, False, 10)
 

@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,19 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from simulator.component import describe
-from simulator.verification import Verification, p_value, verdict, verify, verify_labels, wilson_interval
-from simulator.watermarks.key import KeySamples
+from simulator.models import build, save_model
+from simulator.suspect import verify_file
+from simulator.verification import (
+    Verification,
+    chance_verdict,
+    p_value,
+    small_key,
+    verdict,
+    verify,
+    verify_labels,
+    wilson_interval,
+)
+from simulator.watermarks.key import KeySamples, save_key
 
 COUNTS = st.integers(1, 400).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials)))
 
@@ -111,3 +123,33 @@ def test_a_model_is_verified_by_its_top_label_on_every_key_sample() -> None:
     assert found == verdict(3, 8, 5, Verification())
     assert found == verify_labels(torch.tensor([0, 1, 2, 3, 4, 4, 4, 4]), key, Verification())
     assert found.verified
+
+
+@given(st.integers(0, 300), st.integers(2, 20), st.floats(0.05, 0.9))
+def test_the_chance_of_a_verdict_sums_what_chance_verifies(samples: int, classes: int, threshold: float) -> None:
+    rule = Verification(threshold=threshold)
+    verified = [hits for hits in range(samples + 1) if verdict(hits, samples, classes, rule).verified]
+    ways = sum(math.comb(samples, hits) * (classes - 1) ** (samples - hits) for hits in verified)
+    assert chance_verdict(samples, classes, rule) == pytest.approx(float(Fraction(ways, classes**samples)), abs=1e-12)
+
+
+def test_which_keys_are_too_small() -> None:
+    rule = Verification()
+    assert chance_verdict(2, 10, rule) == pytest.approx(0.19)
+    assert [small_key(samples, 10, rule) is None for samples in (10, 21, 90, 100, 500)] == [False] * 3 + [True] * 2
+    # with two classes chance alone is above the threshold, however long the key
+    assert "probability of 1" in str(small_key(500, 2, rule))
+
+
+@pytest.mark.parametrize("samples", [21, 500])
+def test_the_verdict_on_a_file_names_a_key_too_small_to_judge_by(tmp_path: Path, samples: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = build("linear", channels=1, size=8, classes=10, generator=generator)
+    images = torch.randint(0, 256, (samples, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    key = KeySamples(images, torch.arange(samples) % 10, 10)
+    save_model(model, tmp_path / "model.safetensors")
+    save_key(key, tmp_path / "key.safetensors")
+    found, says = verify_file(tmp_path / "model.safetensors", tmp_path / "key.safetensors", 0.2)
+    assert found.samples == samples
+    assert ("warning: the key has 21 samples: a model" in says) == (samples == 21)
+    assert ("0.052" in says) == (samples == 21)
