@@ -20,7 +20,7 @@ from simulator.plan import BENIGN, OwnerModel, Scenario
 from simulator.results import Row, write_row
 from simulator.simulate import Theft
 from simulator.training import predict_labels
-from simulator.verification import verify
+from simulator.verification import small_key, verify
 from simulator.watermarks.key import KeySamples
 
 
@@ -211,21 +211,39 @@ class Collector:
         return {"detectors": detectors_json(detectors), "false_alarms": sum(rates) / len(rates)}
 
     def _warnings(self, victim: Row, benign: Row, key: KeySamples) -> list[str]:
-        """What the owner has to know: a victim that lost accuracy, a key that the filter could not choose."""
+        """What the owner has to know: a victim that lost accuracy, a key that the filter could not choose or of which
+        it left too little, benign clients that are all the same."""
         found = []
         assert victim.accuracy is not None
         assert benign.accuracy is not None
         drop = benign.accuracy - victim.accuracy
         if drop > self._config.accuracy_tolerance:
+            hint = " (margin too large?)" if "margin" in json.loads(victim.watermark_params) else ""
             found.append(
-                f"accuracy {victim.accuracy:.3f} is {drop:.3f} below the benign model's, more than the "
-                f"{self._config.accuracy_tolerance} allowed: the watermark harms the task (margin too large?)"
+                f"accuracy {victim.accuracy:.4f} is {drop:.4f} below the benign model's, more than the "
+                f"{self._config.accuracy_tolerance} allowed: the watermark harms the task{hint}"
             )
         if key.info.get("filter") not in ("none", "first", "both"):
             found.append(f"key filter: {key.info.get('filter')}")
         if victim.verified is False:
             found.append("the victim's own watermark is not verified")
-        return found
+        doubt = small_key(len(key), key.classes, self._config.verification)
+        if doubt is not None:
+            found.append(doubt)
+        return [*found, *self._alike_clients()]
+
+    def _alike_clients(self) -> list[str]:
+        """Sources of images of which benign clients ask more than half, so that any two share most of their queries."""
+        clients = self._config.benign_clients
+        if not self._config.detectors or not clients.count:
+            return []
+        sources = {"test": self._test, "held-out": self._held_out}
+        return [
+            f"each benign client asks {min(clients.queries, len(images))} of the {len(images)} {name} images: the "
+            f"{clients.count} clients share most of theirs and are not independent"
+            for name, images in sources.items()
+            if images is not None and 2 * clients.queries > len(images)
+        ]
 
 
 def _stage_params(stage: StageConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -191,22 +192,51 @@ def test_a_victim_that_could_not_be_trained_is_a_row(tiny: Setting) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "key", "words"),
+    ("tolerance", "rows", "note", "words"),
     [
-        (0.3, KEY, []),
-        (0.1, KEY, ["0.700", "0.200 below", "0.1 allowed"]),
-        (0.3, KEY.take(torch.arange(10), filter="surrogate never triggered"), ["surrogate never triggered"]),
-        (0.3, KEY.take(torch.tensor([2, 3])), ["not verified"]),
-        (0.1, KEY.take(torch.tensor([2, 3])), ["below", "not verified"]),
+        (0.3, range(10), "both", []),
+        (0.1, range(10), "both", ["0.7000", "0.2000 below", "0.1 allowed", "(margin too large?)"]),
+        (0.3, range(10), "surrogate never triggered", ["surrogate never triggered"]),
+        (0.3, (2, 3), "both", ["not verified"]),
+        (0.1, (2, 3), "both", ["below", "not verified"]),
     ],
 )
-def test_what_the_owner_is_warned_of(tmp_path: Path, tolerance: float, key: KeySamples, words: list[str]) -> None:
+def test_what_the_owner_is_warned_of(
+    tmp_path: Path, tolerance: float, rows: Sequence[int], note: str, words: list[str]
+) -> None:
     tiny = setting(tmp_path, accuracy_tolerance=tolerance)
     tiny.collector.add_benign(tiny.plan.benigns[0], BENIGN, 1.5, STARTED)
-    benign, victim = tiny.collector.add_victim(tiny.victims[0], VICTIM, key, 2.5, STARTED)
+    many = KEY.take(torch.tensor([*rows]).repeat(100), filter=note)
+    benign, victim = tiny.collector.add_victim(tiny.victims[0], VICTIM, many, 2.5, STARTED)
     assert benign.warning is None
     assert (victim.warning is None) == (not words)
     assert all(word in str(victim.warning) for word in words)
+
+
+def test_a_key_of_which_the_filter_left_too_little_is_warned_of(tiny: Setting) -> None:
+    _, victim, _, _ = tiny.owners()
+    # more than 2 of 10 with a chance of one in ten each: 1 - .9^10 - 10 .1 .9^9 - 45 .01 .9^8 = .0702
+    assert victim.warning is not None
+    assert "the key has 10 samples" in victim.warning
+    assert "a probability of 0.07" in victim.warning
+
+
+def test_a_scheme_without_a_margin_is_not_told_to_make_it_smaller(tmp_path: Path) -> None:
+    tiny = setting(tmp_path, accuracy_tolerance=0.1, watermarks=["badnets"])
+    tiny.collector.add_benign(tiny.plan.benigns[0], BENIGN, 1.5, STARTED)
+    _, victim = tiny.collector.add_victim(tiny.victims[0], VICTIM, KEY, 2.5, STARTED)
+    assert "harms the task" in str(victim.warning)
+    assert "margin" not in str(victim.warning)
+
+
+@pytest.mark.parametrize(("queries", "alike"), [(5, False), (6, True), (1000, True)])
+def test_benign_clients_that_share_most_of_their_images_are_warned_of(
+    tmp_path: Path, queries: int, alike: bool
+) -> None:
+    tiny = setting(tmp_path, detectors=["prada"], benign_clients={"count": 3, "queries": queries})
+    _, victim, _, _ = tiny.owners()
+    words = f"each benign client asks {min(queries, 10)} of the 10 test images: the 3 clients share"
+    assert (words in str(victim.warning)) == alike
 
 
 @pytest.mark.parametrize(("threshold", "verified"), [(0.39, True), (0.4, False)])
