@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from simulator.results import Row
-from simulator.summary import Labels, Line, is_control, stat
+from simulator.summary import Labels, Line, by_construction, is_control, stat
 
 #: Okabe and Ito's palette, told apart by the colour-blind; without yellow and black, which vanish on light or dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -29,15 +30,21 @@ STYLE = {
     **{"figure.facecolor": PAPER, "axes.facecolor": PAPER, "axes.spines.top": False, "axes.spines.right": False},
     **{"axes.grid": True, "grid.color": GRID, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "exsim"},
 }
+#: points of WSR by which a control is moved at most
+JITTER = 1.5
 _BARE = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def wsr_vs_accuracy(found: Sequence[Line], threshold: float) -> str:
+def wsr_vs_accuracy(found: Sequence[Line], threshold: float, *, filtered: bool = True) -> str:
     """One point a measured model with the Wilson interval of its WSR, one panel a watermark; SVG.
+
+    Controls, which often have the same WSR of 0, are moved up or down by at most :data:`JITTER`, each always alike.
 
     Args:
         found: the lines of a report.
         threshold: the WSR above which a model counts as stolen, in (0, 1).
+        filtered: a key filter chose the key samples: what it makes of a benign model's and a victim's WSR has no
+            interval.
     """
     labels = Labels(found)
     rows = [row for row in _rows(found) if row.accuracy is not None and row.wsr is not None]
@@ -56,7 +63,7 @@ def wsr_vs_accuracy(found: Sequence[Line], threshold: float) -> str:
             axes.set(title=title, ylim=(-4, 104))
             _threshold(axes, threshold)
             for row in members:
-                _point(axes, row, looks)
+                _point(axes, row, looks, filtered)
         for at, axes in enumerate(grid.flat):
             if at % columns == 0:
                 axes.set_ylabel("WSR, %")
@@ -149,17 +156,25 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: (COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(names)}
 
 
-def _point(axes: Axes, row: Row, looks: dict[str, tuple[str, str]]) -> None:
+def _jitter(row: Row) -> float:
+    """How far a control is moved, in points: the same for the same row, whatever is drawn beside it."""
+    return JITTER * (zlib.crc32("/".join(row.identity).encode()) / 2**31 - 1) if is_control(row) else 0.0
+
+
+def _point(axes: Axes, row: Row, looks: dict[str, tuple[str, str]], filtered: bool) -> None:
     assert row.accuracy is not None
     assert row.wsr is not None
     colour, marker = looks[_attack(row)] if row.role == "stolen" else (INK, "*")
     hollow = is_control(row) or row.role == "benign"
     low = row.wsr if row.wsr_low is None else min(row.wsr_low, row.wsr)
     high = row.wsr if row.wsr_high is None else max(row.wsr_high, row.wsr)
-    bars = [[100 * (row.wsr - low)], [100 * (high - row.wsr)]]
+    bars = None if filtered and by_construction(row) else [[100 * (row.wsr - low)], [100 * (high - row.wsr)]]
     face = "none" if hollow else colour
     style: dict[str, Any] = {"color": colour, "markerfacecolor": face, "markersize": 12 if marker == "*" else 7}
-    drawn = axes.errorbar([100 * row.accuracy], [100 * row.wsr], yerr=bars, fmt=marker, elinewidth=1, **style)
+    if is_control(row):
+        style["alpha"] = 0.75
+    place = 100 * row.wsr + _jitter(row)
+    drawn = axes.errorbar([100 * row.accuracy], [place], yerr=bars, fmt=marker, elinewidth=1, **style)
     for bar in drawn.lines[2]:
         bar.set_alpha(0.55)
 
@@ -184,7 +199,8 @@ def _curve(
     style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "linestyle": ":" if hollow else "-"}
     if x:
         face = "none" if hollow else colour
-        axes.errorbar(x, y, yerr=[below, above], elinewidth=1, markerfacecolor=face, **style)
+        alpha = 0.75 if hollow else 1.0
+        axes.errorbar(x, y, yerr=[below, above], elinewidth=1, markerfacecolor=face, alpha=alpha, **style)
 
 
 def _threshold(axes: Axes, threshold: float) -> None:

@@ -22,7 +22,7 @@ from simulator import page
 from simulator.errors import InputError
 from simulator.page import NONE, Column, markdown_cell, printable
 from simulator.results import Row, RunInfo, read_rows, read_run_info
-from simulator.summary import Labels, Line, doubts, lines, stat
+from simulator.summary import Labels, Line, by_construction, doubts, lines, stat
 
 THRESHOLD = 0.2  #: the WSR above which DeepTracer declares a model stolen, unless the config says otherwise
 
@@ -31,10 +31,17 @@ LEGEND = (
     "control: the same attack on a benign victim, measured with the same key (of a victim: the benign model). "
     "verified: WSR above the threshold."
 )
+FILTERED = (
+    "The 0 of a benign model and the 100 of a victim are by construction and have no interval: the key filter drops "
+    "what this benign model answers, and keeps only what this victim does."
+)
 
 
-def columns(found: Sequence[Line]) -> list[Column[Line]]:
-    """The columns that say something about at least one of the lines."""
+def columns(found: Sequence[Line], filtered: bool = True) -> list[Column[Line]]:
+    """The columns that say something about at least one of the lines.
+
+    ``filtered``: a key filter chose the key samples (see :func:`simulator.summary.by_construction`).
+    """
     labels = Labels(found)
     every = [
         Column("dataset", "dataset", lambda line: line.row.dataset if labels.datasets else NONE, text=True),
@@ -47,8 +54,9 @@ def columns(found: Sequence[Line]) -> list[Column[Line]]:
         Column("queries", "queries", _queries),
         Column("seeds", "seeds", lambda line: f"seed {line.row.seed}" if line.failed else str(len(line.rows))),
         Column("accuracy", "accuracy %", lambda line: "failed" if line.failed else _rate(line.rows, "accuracy")),
-        Column("wsr", "WSR %", lambda line: _rate(line.rows, "wsr")),
-        Column("control", "control WSR %", _control),
+        Column("wsr", "WSR %", lambda line: _wsr(line.rows, filtered)),
+        Column("key", "key samples", _key),
+        Column("control", "control WSR %", lambda line: _control(line, filtered)),
         Column("verified", "verified", _verified),
         Column("agreement", "agreement %", lambda line: _rate(line.rows, "agreement")),
         Column("detected_at", "noticed after", _noticed),
@@ -62,8 +70,9 @@ def columns(found: Sequence[Line]) -> list[Column[Line]]:
 # Known of victims alone: where space is dear they stand with the victim, not in columns.
 _OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
 
-# What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell.
-_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "verified", "labels")
+# What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell, and the
+# size of a key, without which no verdict can be judged, into the watermark's.
+_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "key", "verified", "labels")
 
 
 def _noticed(line: Line) -> str:
@@ -78,20 +87,21 @@ def _noticed(line: Line) -> str:
     return f"{_count(round(statistics.median(times)))}{part}"
 
 
-def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
-    """The rows as a table at most ``width`` characters wide.
+def render_table(rows: Iterable[Row], *, width: int = 120, filtered: bool = True) -> Table:
+    """The rows as a table at most ``width`` characters wide; ``filtered`` as in :func:`columns`.
 
     What does not fit leaves, columns that say the same of every attack first; a note below the table says so.
     """
     found = lines(rows)
-    shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
+    shown = [column for column in columns(found, filtered) if column.key not in _OF_VICTIMS]
+    legend = _legend(found, filtered)
     apart = {column.key for column in shown} - set(_constant(found, shown))
     moved: list[Column[Line]] = []
     constant: list[str] = []
     hidden: list[str] = []
     console = Console(width=1000)
     for key in (*_constant(found, shown), *_GOES, None):
-        table = _rich(found, shown, moved, _notes(constant, hidden))
+        table = _rich(found, shown, moved, _notes(legend, constant, hidden))
         if key is None or Measurement.get(console, console.options, table).maximum <= width:
             break
         for column in [column for column in shown if column.key == key]:
@@ -99,17 +109,20 @@ def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
             values = {column.cell(line) for line in found if line.row.role == "stolen"}
             if len(values) == 1:
                 constant.append(f"{column.heading} {values.pop()}")
-            elif key in apart and column.text:
+            elif key in apart and (column.text or key == "key"):
                 moved.append(column)
             else:
                 hidden.append(column.heading.removesuffix(" %"))
     return table
 
 
-def markdown_table(rows: Iterable[Row]) -> str:
-    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below."""
+def markdown_table(rows: Iterable[Row], *, filtered: bool = True) -> str:
+    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below.
+
+    ``filtered`` as in :func:`columns`.
+    """
     found = lines(rows)
-    text = [*page.markdown_table(columns(found), found), "", LEGEND, ""]
+    text = [*page.markdown_table(columns(found, filtered), found), "", _legend(found, filtered), ""]
     text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
     text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
     return "\n".join(text).rstrip() + "\n"
@@ -127,32 +140,36 @@ def write_report(run_dir: Path) -> Path:
     if not rows:
         raise InputError(f"{run_dir} holds no results yet: there is nothing to report")
     found, config = lines(rows), _config(run_dir)
-    threshold = _threshold(config)
-    shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
+    threshold, filtered = _threshold(config), _filtered(config)
+    shown = [column for column in columns(found, filtered) if column.key not in _OF_VICTIMS]
+    told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts tell them by the line's name
+    alike = [column for column in shown if column.key in _ALIKE and len({column.cell(line) for line in found}) == 1]
+    shown = [column for column in shown if column not in alike]
     before = [column for column in shown if column.key in _SETTING]
     return page.write_page(
         run_dir / "report",
         Path(__file__).parent / "templates" / "report.html",
         info,
-        markdown_table(rows),
+        markdown_table(rows, filtered=filtered),
         {
-            "wsr_vs_accuracy": plots.wsr_vs_accuracy(found, threshold),
+            "wsr_vs_accuracy": plots.wsr_vs_accuracy(found, threshold, filtered=filtered),
             "budget": plots.budget_curves(found, threshold),
         },
-        alarms=[*_alarms(info, found), *info.warnings, *doubts(found)],
+        alarms=[*_alarms(info, found), *(each for each in info.warnings if each not in told), *doubts(found)],
         classes=_classes,
-        of_victims=_of_victims,
+        cell=_page_cell,
         columns=shown,
         before=before,
         after=[column for column in shown if column not in before],
         sections=[(role, [line for line in found if line.row.role == role]) for role in ("benign", "victim", "stolen")],
         models=sum(len(line.rows) for line in found if not line.failed),
-        legend=LEGEND,
+        legend=" ".join([_legend(found, filtered), *_said_once(alike, found[0])]),
         config=config,
         threshold=f"{100 * threshold:g} %",
     )
 
 
+_ALIKE = ("architecture", "seeds")  #: columns that leave the page where they say the same of every line
 _SETTING = ("dataset", "watermark", "attack", "pool", "labels", "architecture", "budget", "queries", "seeds")
 
 
@@ -168,9 +185,20 @@ def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
     return notes
 
 
-def _notes(constant: Sequence[str], hidden: Sequence[str]) -> str:
+def _legend(found: Sequence[Line], filtered: bool) -> str:
+    """With a word on the rates that the key filter makes what they are, where there are such."""
+    made = filtered and any(by_construction(row) for line in found for row in line.rows)
+    return f"{LEGEND} {FILTERED}" if made else LEGEND
+
+
+def _said_once(alike: Sequence[Column[Line]], line: Line) -> list[str]:
+    said = ", ".join(f"{column.heading} {column.cell(line)}" for column in alike)
+    return [f"All lines: {said}."] if said else []
+
+
+def _notes(legend: str, constant: Sequence[str], hidden: Sequence[str]) -> str:
     same = f" All attacks: {', '.join(constant)}." if constant else ""
-    return LEGEND + same + (f" Not shown at this width: {', '.join(hidden)}." if hidden else "")
+    return legend + same + (f" Not shown at this width: {', '.join(hidden)}." if hidden else "")
 
 
 def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[Column[Line]], notes: str) -> Table:
@@ -193,16 +221,35 @@ def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[
     return table
 
 
-_HEADINGS = {"control": "control\nWSR %", "agreement": "agree-\nment %", "architecture": "archi-\ntecture"}
+_HEADINGS = {
+    "key": "key\nsamples",
+    "control": "control\nWSR %",
+    "agreement": "agree-\nment %",
+    "architecture": "archi-\ntecture",
+}
 
 
 def _cell(line: Line, column: Column[Line], moved: Sequence[Column[Line]]) -> str:
+    if column.key == "watermark":
+        sizes = [other.cell(line) for other in moved if other.key == "key"]
+        return printable(", ".join([column.cell(line), *(f"key {size}" for size in sizes if size != NONE)]))
     if column.key != "attack":
         return printable(column.cell(line))
-    also = [value for value in (other.cell(line) for other in moved) if value != NONE]
+    also = [value for value in (other.cell(line) for other in moved if other.key != "key") if value != NONE]
     text = printable(", ".join([column.cell(line), *also]))
     rates = [f"{label.replace(' ', chr(10))} {rate} %" for label, rate in _of_victims(line).items()]
     return ", ".join([text, *rates])
+
+
+def _page_cell(line: Line, column: Column[Line]) -> list[str]:
+    """What stands in a cell of the page, and in small letters below: intervals, and what is known of victims alone."""
+    text = column.cell(line)
+    if column.key == "wsr" and text.endswith("]"):
+        value, _, interval = text.partition(" ")
+        return [value, interval]
+    return (
+        [text, *(f"{name} {rate} %" for name, rate in _of_victims(line).items())] if column.key == "attack" else [text]
+    )
 
 
 def _of_victims(line: Line) -> dict[str, str]:
@@ -238,30 +285,39 @@ def _constant(found: Sequence[Line], shown: Sequence[Column[Line]]) -> list[str]
     return [
         column.key
         for column in shown
-        if column.key in ("pool", "labels", "queries", "budget", "seeds", "architecture")
-        and len({column.cell(line) for line in (found if column.key == "architecture" else stolen)}) <= 1
+        if column.key in ("pool", "labels", "queries", "budget", "seeds", "key", "architecture")
+        and len({column.cell(line) for line in (found if column.key in ("key", "architecture") else stolen)}) <= 1
     ]
 
 
 def _rate(rows: Sequence[Row], field: str) -> str:
-    """``"91.2"``, ``"45.3 [38.1, 52.7]"`` for the WSR of one seed, ``"91.2 ± 0.4"`` for several seeds."""
+    """``"91.2"``, ``"91.2 ± 0.4"`` for several seeds."""
     value = stat(getattr(row, field) for row in rows)
     if value is None:
         return NONE
-    if value.sd is not None:
-        return f"{100 * value.mean:.1f} ± {100 * value.sd:.1f}"
+    return f"{100 * value.mean:.1f}" + ("" if value.sd is None else f" ± {100 * value.sd:.1f}")
+
+
+def _wsr(rows: Sequence[Row], filtered: bool) -> str:
+    """As :func:`_rate`, ``"45.3 [38.1, 52.7]"`` for one seed, ``"100.0"`` where the filter made it so."""
+    if filtered and all(by_construction(row) for row in rows):
+        return f"{100 * (rows[0].wsr or 0):.1f}"
     low, high = rows[0].wsr_low, rows[0].wsr_high
-    if field == "wsr" and low is not None and high is not None and len(rows) == 1:
-        return f"{100 * value.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * value.mean:.1f}"
+    text = _rate(rows, "wsr")
+    return text if len(rows) > 1 or low is None or high is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _control(line: Line) -> str:
+def _key(line: Line) -> str:
+    """How many samples the key has, from its smallest to its largest over the seeds."""
+    sizes = [row.key_samples for row in line.rows if row.key_samples is not None]
+    return NONE if not sizes else str(sizes[0]) if len({*sizes}) == 1 else f"{min(sizes)}–{max(sizes)}"
+
+
+def _control(line: Line, filtered: bool) -> str:
     if line.good_controls:
         # without the interval: it has its own row in the data, and the column stays readable
-        value = stat(row.wsr for row in line.good_controls)
-        spread = f" ± {100 * value.sd:.1f}" if value and value.sd is not None else ""
-        return f"{100 * value.mean:.1f}{spread}" if value else NONE
+        rows = line.good_controls
+        return _wsr(rows, filtered) if filtered and all(map(by_construction, rows)) else _rate(rows, "wsr")
     return "failed" if line.controls else NONE
 
 
@@ -293,6 +349,14 @@ def _config(run_dir: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{run_dir / 'config.yaml'} cannot be read: {error}") from None
+
+
+def _filtered(config: str) -> bool:
+    """Whether a filter chose the key samples: unless the config says ``key_filter.stages: none``."""
+    try:
+        return bool(yaml.safe_load(config)["key_filter"]["stages"] != "none")
+    except (yaml.YAMLError, KeyError, TypeError):
+        return True
 
 
 def _threshold(config: str) -> float:

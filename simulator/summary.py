@@ -58,6 +58,12 @@ def is_control(row: Row) -> bool:
     return row.role == "stolen" and row.victim == BENIGN
 
 
+def by_construction(row: Row) -> bool:
+    """Whether the WSR is what the key filter makes it: it drops what *this* benign model answers with the key's label,
+    and keeps only what *this* victim answers so. No interval belongs to such a rate: it could not have been another."""
+    return (row.role == "benign" and row.wsr == 0) or (row.role == "victim" and row.wsr == 1)
+
+
 def stat(values: Iterable[float | None]) -> Stat | None:
     """Mean and sample standard deviation of the values that are known, ``None`` if none is."""
     known = [value for value in values if value is not None]
@@ -100,7 +106,8 @@ def doubts(found: Sequence[Line]) -> list[str]:
     for line in found:
         of_row = [(row, row.warning) for row in line.rows if row.warning]
         notes += [f"{labels.full(line)}, seed {row.seed}: {warning}" for row, warning in of_row]
-        if line.row.role == "victim" and any(row.verified is False for row in line.rows):
+        unsaid = [row for row in line.rows if row.verified is False and "not verified" not in (row.warning or "")]
+        if line.row.role == "victim" and unsaid:
             notes.append(f"{labels.full(line)} is itself not verified: its watermark was not embedded")
         innocent = [row for row in (*line.rows, *line.controls) if is_control(row) or row.role == "benign"]
         accused = sorted({row.seed for row in innocent if row.verified})

@@ -287,3 +287,83 @@ def test_nothing_to_report_is_an_input_error(tmp_path: Path) -> None:
         write_report(tmp_path)
     with pytest.raises(InputError, match="no results yet"):
         write_report(write_run(tmp_path, []))
+
+
+def owners(**changes: object) -> list[Row]:
+    """A benign model and a victim as a key filter leaves them, and a theft that answers every sample, too."""
+    return [
+        row("benign", "benign", wsr=0.0, wsr_low=0.0, wsr_high=0.15, key_samples=21, **changes),
+        row("victim", "v0", wsr=1.0, wsr_low=0.85, wsr_high=1.0, key_samples=21, **changes),
+        row("stolen", "v0", wsr=1.0, wsr_low=0.85, wsr_high=1.0, key_samples=21, **changes),
+        row("stolen", "benign", wsr=0.0, wsr_low=0.0, wsr_high=0.15, key_samples=21, **changes),
+    ]
+
+
+def wsrs(table: str) -> list[str]:
+    """The column WSR of a Markdown table."""
+    heading, _, *body = [line.split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return [cells[heading.index("WSR %")] for cells in body]
+
+
+def test_what_the_filter_makes_so_has_no_interval_and_the_legend_says_it() -> None:
+    table = markdown_table(owners())
+    assert wsrs(table) == ["0.0", "100.0", "100.0 \\[85.0, 100.0\\]"]
+    assert "by construction" in table
+    two = markdown_table([*owners(), *owners(seed=1)])
+    assert wsrs(two) == ["0.0", "100.0", "100.0 ± 0.0"]
+    # a key that the filter could not choose makes nothing so
+    table = markdown_table([row("benign", "benign", wsr=0.3, wsr_low=0.2, wsr_high=0.4)])
+    assert wsrs(table) == ["30.0 \\[20.0, 40.0\\]"]
+    assert "by construction" not in table
+
+
+@pytest.mark.parametrize(("stages", "made"), [("both", True), ("first", True), ("none", False)])
+def test_without_a_filter_owners_have_their_intervals(tmp_path: Path, stages: str, made: bool) -> None:
+    config = f"{CONFIG}key_filter:\n  stages: {stages}\n"
+    html = write_report(write_run(tmp_path, owners(), config=config)).read_text()
+    assert ("by construction" in html) == made
+    assert html.count(">[85.0, 100.0]<") == (1 if made else 2)
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert wsrs(table)[0] == ("0.0" if made else "0.0 \\[0.0, 15.0\\]")
+
+
+def test_the_size_of_the_key_is_told_everywhere(tmp_path: Path) -> None:
+    rows = [*owners(), *(each.model_copy(update={"key_samples": 17}) for each in owners(seed=1))]
+    html = write_report(write_run(tmp_path, rows)).read_text()
+    assert html.count("17–21") == 3
+    assert "| 17–21 |" in markdown_table(rows)
+    assert "17–21" in text(rows, 80)
+    wide = [each.model_copy(update={"watermark": "ewe", "key_samples": 500}) for each in rows]
+    for width in (200, 100, 80):  # where there is no room for a column, the watermark says it
+        assert {"17–21", "500"} <= set(text([*rows, *wide], width).replace("│", " ").split())
+
+
+def test_a_warning_stands_once_under_the_name_that_people_know(tmp_path: Path) -> None:
+    rows = [row("victim", "deeptracer-4f", verified=False, warning="the victim's own watermark is not verified")]
+    write_run(tmp_path, rows)
+    info = collect_provenance(["exsim"], name="test", mode="local", seeds=[0], config_yaml=CONFIG)
+    told = [f"deeptracer-4f: {rows[0].warning}", "another warning"]
+    write_run_info(tmp_path, info.model_copy(update={"status": "done", "warnings": told}))
+    html = write_report(tmp_path).read_text()
+    assert html.count("not verified") == 1
+    assert "deeptracer, victim, seed 0: the victim" in html
+    assert html.count("another warning") == 1
+
+
+def test_columns_that_say_the_same_of_every_line_are_said_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    html = write_report(write_run(tmp_path / "a", run_rows())).read_text()
+    assert "All lines: architecture lenet5, seeds 2." in html
+    assert '<th scope="col">architecture' not in html
+    (tmp_path / "b").mkdir()
+    html = write_report(write_run(tmp_path / "b", [*run_rows(), row("victim", "w", architecture="vgg")])).read_text()
+    assert '<th scope="col">architecture' in html
+
+
+def test_controls_do_not_cover_each_other_and_nothing_else_is_moved() -> None:
+    controls = [row("stolen", "benign", wsr=0.0, pool=pool) for pool in ("attacker", "patches", "owner")]
+    moved = [plots._jitter(each) for each in controls]
+    assert len({round(each, 2) for each in moved}) == 3
+    assert all(abs(each) <= plots.JITTER for each in moved)
+    assert moved == [plots._jitter(each) for each in controls]
+    assert {plots._jitter(each) for each in owners()[:3]} == {0.0}
