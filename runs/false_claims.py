@@ -146,8 +146,8 @@ def page(info: RunInfo, claims: Sequence[Claim], rule: Verification, name: str) 
         "Each victim's key asked of the benign models of the other seeds, which no filter has seen: per cent. The key "
         "filter drops what the own seed's benign model answers with the key's label, so that one's WSR is 0 by "
         f"construction. `verified`: WSR above {100 * rule.threshold:g} %, a false claim. `p-value`: of the largest "
-        "WSR, Eq. 20. `by chance`: how likely a model that is right once in K is verified with the smallest key; above "
-        f"{DOUBTFUL:g} the key is too small to judge by.",
+        "WSR, Eq. 20. `by chance`: how likely a model that is right once in K is verified, with the key where that is "
+        f"likeliest; above {DOUBTFUL:g} the key is too small to judge by.",
         "\n".join(markdown_table(COLUMNS, found)),
         f"False claims: {len(accused)} of {len(claims)}.",
     ]
