@@ -58,8 +58,9 @@ class Embedding:
     Attributes:
         model: the marked victim, in evaluation mode.
         candidates: key samples before any filter; none of them was seen in training.
-        triggers: a sample ``(N, C, H, W)`` uint8 of the triggers that were trained on, with their labels ``(N,)``; for
-            the question what happens when a thief's pool holds some.
+        triggers: a sample ``(N, C, H, W)`` uint8 of triggers, with their labels ``(N,)``, for the question what happens
+            when a thief's pool holds some: of those trained on where the scheme has a set of them, else (mosaics,
+            halves of two images) made once more from the owner's images as they were for every batch.
         near_misses: ``(N, C, H, W)`` images that look like triggers and are none; answered with the target label, they
             are false triggers. None where the scheme has no such notion.
         near_miss_labels: ``(N,)`` int64, the labels that would be the watermark's answer to them.

@@ -6,8 +6,9 @@ that a thief who learns the task has to learn the mosaics' features too. The los
     L = L_pri + λ1 · L_wm + λ2 · (λ3 · L_intra + λ4 · L_inter)
 
 with the coupling loss of :mod:`simulator.watermarks.coupling`. Training has two phases, with watermark samples for 1 %
-and then 10 % of the training data. Where the paper is silent (``margin``, the centroid rule, the feature layer, the
-order of the tiles, the shrinking) each choice is a field here or named in the module that makes it.
+and then 10 % of the training data (here of every batch, see :class:`DeepTracer`). Where the paper is silent
+(``margin``, the centroid rule, the feature layer, the order of the tiles, the shrinking) each choice is a field here or
+named in the module that makes it.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ from simulator.watermarks.key import KeySamples
 from simulator.watermarks.mosaic import Combination, Mosaics
 from simulator.watermarks.selection import adaptive_sources, least_likely_target
 
-#: mosaics over which Eq. 4 averages, and how many near misses and training triggers are handed out
+#: mosaics over which Eq. 4 averages, and how many near misses and triggers are handed out
 SAMPLE = 1000
 
 
 class DeepTracer(Watermark):
     """Mosaics of adaptively chosen source classes, coupled to a target class in the output space.
 
-    Two departures, both because the paper is silent or contradicts itself: the target label is chosen outside the
-    source classes (``target_outside_sources``; near ties pick one inside in half of all selections), and ``margin``,
-    which the paper does not state, is 1 (a larger one costs accuracy at short schedules).
+    Two departures because the paper is silent or contradicts itself: the target label is chosen outside the source
+    classes (``target_outside_sources``; near ties pick one inside in half of all selections), and ``margin``, which the
+    paper does not state, is 1 (a larger one costs accuracy at short schedules).
+
+    A third one: mosaics are drawn anew for every batch, where the paper's watermark samples, 1 % and 10 % of the
+    training data, read as a set that is made once. And as a batch holds whole images, the ratios are
+    ``max(1, round(ratio · B)) / B``: at B = 64 they are 1.56 % and 9.4 %. The triggers handed out are drawn anew, too.
     """
 
     paper: ClassVar[str] = "Yang et al., AAAI 2026"
@@ -57,7 +62,7 @@ class DeepTracer(Watermark):
     centroid: CentroidRule = "batch"
     centroid_momentum: float = Field(0.9, ge=0, lt=1, description="of the moving centroids")
     first_epochs: int = Field(100, ge=0)
-    first_ratio: float = Field(0.01, gt=0, le=1, description="watermark samples per training sample, first phase")
+    first_ratio: float = Field(0.01, gt=0, le=1, description="watermark samples per clean one of a batch, phase 1")
     second_epochs: int = Field(100, ge=1)
     second_ratio: float = Field(0.1, gt=0, le=1, description="the same, second phase")
     candidates: int = Field(4000, ge=1, description="key candidates, S_0")

@@ -70,8 +70,11 @@ class FunctionCoupled(Watermark):
     points of accuracy; 0.3 costs 8.
 
     Line 6 of Algorithm 1 trains an "initialize model". The released code starts from a trained one (``start: benign``),
-    appends 10 triggers to each batch of 128 (``trigger_share``; the paper only wants fewer than 1 % distinct ones), and
-    does neither masking nor fine-tuning as written: it zeroes 0.2 % of all weights every tenth batch.
+    appends 10 triggers to each batch of 128 (``trigger_share``), and does neither masking nor fine-tuning as written:
+    it zeroes 0.2 % of all weights every tenth batch.
+
+    The paper wants fewer distinct triggers than 1 % of the training data. Here they are 1 %, and at least
+    :data:`LEAST_TRIGGERS`, which is more wherever the owner has fewer than 9,000 images: of 900 a tenth.
     """
 
     paper: ClassVar[str] = "Wen et al., 2023"
@@ -79,7 +82,9 @@ class FunctionCoupled(Watermark):
     name: Literal["function_coupled"] = "function_coupled"
     fusion: Fusion = "direct"
     ratio: float = Field(0.5, gt=0, lt=1, description="r of the invisible fusion; the paper has 0.5, 0.7 and 0.9")
-    trigger_ratio: float = Field(0.01, gt=0, le=1, description="distinct triggers per training image, at least 90")
+    trigger_ratio: float = Field(
+        0.01, gt=0, le=1, description=f"distinct triggers per training image, at least {LEAST_TRIGGERS}"
+    )
     trigger_share: float = Field(10 / 128, gt=0, le=1, description="triggers added to a batch, per image in it")
     mask_ratio: float = Field(0.05, ge=0, lt=1, description="p, the fraction of weights masked out")
     fine_tuning_samples: int = Field(1000, ge=0, description="K_ft; 0 leaves fine-tuning out")
@@ -100,7 +105,7 @@ class FunctionCoupled(Watermark):
         self.check(data)
         first, second = choose(data.classes, 2, generator).tolist()
         triggers = self.draw(
-            data.owner, (first, second), max(90, round(self.trigger_ratio * len(data.owner))), generator
+            data.owner, (first, second), max(LEAST_TRIGGERS, round(self.trigger_ratio * len(data.owner))), generator
         )
         target = least_likely_target(task.benign, triggers[:SAMPLE], (first, second))
         keys = self.draw(data.test, (first, second), self.candidates, generator)
