@@ -98,7 +98,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hits", [], 0, 5, ["VERIFIED", "5 of 5 answers", "55 of the key's 60 samples saved", "decided above 2.94"]),
         ("misses", [], 1, 11, ["not verified", "0 of 11 answers", "49 of", "decided below -2.94"]),
         ("hits", ["--max-queries", "3"], 1, 3, ["not verified", "3 queries", "undecided", "more queries"]),
-        ("hits", ["--stolen-wsr", "0.21"], 0, 60, ["VERIFIED", "60 queries, 0 of", "the whole key's WSR"]),
+        ("hits", ["--stolen-wsr", "0.21"], 0, 60, ["VERIFIED", "60 queries, 0 of", "from 18 hits on"]),
         ("misses", ["--alpha", "0.01", "--beta", "0.01"], 1, 16, ["not verified", "16 queries"]),
     ],
 )
