@@ -62,7 +62,8 @@ class BenignClients(Settings):
     Attributes:
         count: of clients for each source of images: the test part, and the attacker's part, which the victim was not
             trained on either.
-        queries: images each client asks; fewer where the source has fewer.
+        queries: images each client asks; fewer where the source has fewer. Clients of a source share its images, the
+            more of them, the more each asks: above half of the source a victim's row carries a warning.
     """
 
     count: int = Field(20, ge=0, le=100_000)
