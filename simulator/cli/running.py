@@ -81,7 +81,7 @@ def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place
         return terminal.INTERRUPTED
     from simulator.report import render_table, write_report
 
-    console.print(render_table(rows, width=console.width))
+    console.print(render_table(rows, width=console.width, filtered=config.key_filter.stages != "none"))
     page = write_report(directory.path)
     console.print(f"results: {shown}   report: {terminal.shown(page)}", soft_wrap=True)
     return 0 if state == "done" else 1
