@@ -4,7 +4,8 @@ A pool is a mixture of named parts. ``attacker`` and ``owner`` are the victim's 
 usual assumption) and the owner's training images (the strongest attacker). ``triggers`` are watermark trigger samples,
 ``patches`` random crops of two photographs (a stand-in for "any natural images" that needs no download), and any other
 name is a foreign data set with all its training images, as in Knockoff Nets (Orekondy et al., CVPR 2019, §4).
-The test part of the victim's data set is never in a pool.
+The test part of the victim's data set is never in a pool: it is no part, and a foreign data set is put through
+:func:`without_test_images` where a run loads it, once and while the test part is there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from simulator.data import Dataset, Images, check_name, convert_images, known_da
 from simulator.errors import InputError
 from simulator.image_files import LUMINANCE
 
-__all__ = ["Pool", "PoolSpec", "build_pool", "convert_images", "patches"]
+__all__ = ["Pool", "PoolSpec", "build_pool", "convert_images", "patches", "without_test_images"]
 
 #: the parts that are not data sets
 OWN_PARTS = ("attacker", "owner", "triggers", "patches")
@@ -174,14 +175,14 @@ def build_pool(
 
     With one data set and no size: all its images. Otherwise ``round(n * weight / sum of weights)`` of each part, with n
     the size (default ``count``) or less, as the scarcest part allows at its weight; the images are drawn without
-    replacement. Images of a foreign set that are byte for byte test images of the victim are left out.
+    replacement. The victim's test part is not looked at: an attacker's view of the data has none.
 
     Args:
         spec: the parts and their weights.
         dataset: the victim's data set.
         count: how many images the attacker can use at most (its query budget).
         generator: the only source of randomness.
-        foreign: gives all training images of another data set by its name.
+        foreign: gives another data set's images by its name, as :func:`without_test_images` left them.
         triggers: the trigger samples for the part ``triggers``, labelled.
 
     Raises:
@@ -241,7 +242,7 @@ def _source(
         return triggers
     if _same_set(name, dataset.name):
         raise InputError(f"pool: {name!r} is the victim's own data set: take 'attacker' or 'owner' of it")
-    return _without(foreign(name), dataset, name)
+    return foreign(name)
 
 
 def _same_set(name: str, other: str) -> bool:
@@ -250,16 +251,25 @@ def _same_set(name: str, other: str) -> bool:
     return Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _without(images: Images, dataset: Dataset, name: str) -> Images:
-    """A foreign set without the victim's test images: the same images may go by two names (a copy as npz, say)."""
+def without_test_images(images: Images, dataset: Dataset, name: str) -> Images:
+    """A foreign data set in the victim's size and channels, without the images that are then byte for byte test images
+    of the victim: the same images may go by two names (a copy as npz, say).
+
+    Args:
+        images: all training images of the foreign set.
+        dataset: the victim's data set, with its test part.
+        name: of the foreign set, for the error.
+
+    Raises:
+        InputError: nothing is left.
+    """
     converted = convert_images(images.images, dataset.channels, dataset.size)
-    if not len(dataset.test):  # an attacker's view of the data
-        return Images(converted, images.labels)
     held_out = {row.tobytes() for row in dataset.test.images.numpy()}
     keep = torch.tensor([row.tobytes() not in held_out for row in converted.numpy()], dtype=torch.bool)
     if not keep.any():
         raise InputError(f"pool: every image of {name!r} is a test image of the victim's data set")
-    return Images(converted, images.labels).take(keep.nonzero().squeeze(1))
+    clean = Images(converted, images.labels)
+    return clean if keep.all() else clean.take(keep.nonzero().squeeze(1))
 
 
 def _counts(spec: PoolSpec, available: Mapping[str, int], count: int) -> dict[str, int]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from simulator.config import RunConfig
-from simulator.data import Dataset, load, training_images
+from simulator.data import Dataset, Images, load, training_images
 from simulator.errors import InputError, one_line
 from simulator.models import build
 from simulator.plan import Plan, make_plan
+from simulator.pools import without_test_images
 from simulator.seeding import generator_for
 from simulator.simulate import World
 from simulator.watermarks.key import KeySamples
@@ -36,7 +37,7 @@ def prepare(config: RunConfig, data_dir: Path | None = None) -> tuple[Plan, Worl
 
 
 def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None) -> World:
-    """Loads every data set that a run needs.
+    """Loads every data set that a run needs; the foreign ones without the victim's test images.
 
     Raises:
         InputError: one is missing, damaged, too small for what the run asks, or too poor in classes.
@@ -48,7 +49,11 @@ def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None) -> W
     names = {name for spec in specs for name in spec.parts if name not in OWN_PARTS}
     if config.watermarks and "triggers" in config.key_filter.pool.parts:
         raise InputError("key_filter.pool: 'triggers' is for attackers' pools; the owner's filter has no use for it")
-    return World(dataset, {name: training_images(name, data_dir) for name in sorted(names)})
+    return World(dataset, {name: _foreign(name, dataset, data_dir) for name in sorted(names)})
+
+
+def _foreign(name: str, dataset: Dataset, data_dir: Path | None) -> Images:
+    return without_test_images(training_images(name, data_dir), dataset, name)
 
 
 def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:

@@ -34,7 +34,11 @@ from simulator.watermarks.key import KeySamples
 
 @dataclass(frozen=True)
 class World:
-    """The images of a run: the victim's data set, and the foreign ones that pools draw from, by name."""
+    """The images of a run: the victim's data set, and the foreign ones that pools draw from, by name.
+
+    The foreign ones are what :func:`simulator.pools.without_test_images` left of them: :meth:`for_attackers`, which
+    knows no test part, could not do it.
+    """
 
     dataset: Dataset
     foreign: Mapping[str, Images] = field(default_factory=dict)

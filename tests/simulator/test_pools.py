@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from simulator.data import DataConfig, Dataset, Images, load
 from simulator.errors import InputError
-from simulator.pools import Pool, PoolSpec, build_pool, convert_images, patches
+from simulator.pools import Pool, PoolSpec, build_pool, convert_images, patches, without_test_images
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +160,19 @@ class TestBuild:
 
     def test_test_images_under_another_name_are_left_out(self, digits: Dataset) -> None:
         mixed = Images(torch.cat([digits.test.images[:30], digits.owner.images[:5]]), torch.arange(35))
-        spec = PoolSpec.parse("copy.npz")
-        pool = build_pool(spec, dataset=digits, count=9, generator=generator(), foreign=lambda _: mixed, triggers=None)
-        assert sorted(rows(pool.images)) == sorted(rows(digits.owner.images[:5]))
+        clean = without_test_images(mixed, digits, "copy.npz")
+        assert rows(clean.images) == rows(digits.owner.images[:5])
+        assert clean.labels.tolist() == [30, 31, 32, 33, 34]
+
+    def test_a_set_of_nothing_but_test_images_is_refused(self, digits: Dataset) -> None:
+        with pytest.raises(InputError, match=r"every image of 'copy\.npz' is a test image"):
+            without_test_images(digits.test, digits, "copy.npz")
+
+    def test_the_test_images_are_known_in_another_format(self, digits: Dataset) -> None:
+        colour = Images(convert_images(digits.test.images[:4], 3, 8), torch.arange(4))
+        other = Images(convert_images(digits.owner.images[:1], 3, 8), torch.arange(1))
+        both = Images(torch.cat([colour.images, other.images]), torch.cat([colour.labels, other.labels]))
+        assert rows(without_test_images(both, digits, "colour").images) == rows(digits.owner.images[:1])
 
     @pytest.mark.parametrize(
         ("value", "part"),
