@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,11 +19,29 @@ if TYPE_CHECKING:
     from simulator.sequential import SequentialVerdict
     from simulator.verification import Verdict
 
+
+class _Place(click.Path):
+    """A path, or text that may be one or a URI. An empty one, as an unset shell variable leaves it, is no default."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not value.strip():
+            self.fail("it is empty; leave the option out, or name a place", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """A number of seconds; a range of click's lets nan and inf pass."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number of seconds")
+    return value
+
+
+_path = _Place(path_type=Path)
 _config = click.argument("config", default="digits")
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, by its dotted path."
 )
-_data = click.option("--data", type=click.Path(path_type=Path), envvar="EXSIM_DATA", help="Where data sets lie.")
+_data = click.option("--data", type=_path, envvar="EXSIM_DATA", help="Where data sets lie.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,12 +54,19 @@ def exsim() -> None:
 @_config
 @_set
 @_data
-@click.option("--out", help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>).")
-@click.option("--resume", metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
+@click.option(
+    "--out", type=_Place(), help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>)."
+)
+@click.option("--resume", type=_Place(), metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
 @click.option("--local", is_flag=True, help="One process, no Ray.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
 @click.option(
-    "--wait", type=click.FloatRange(min=0), default=0, metavar="SECONDS", help="For an autoscaler to bring its nodes."
+    "--wait",
+    type=click.FloatRange(min=0),
+    callback=_finite,
+    default=0,
+    metavar="SECONDS",
+    help="For an autoscaler to bring its nodes.",
 )
 @click.pass_context
 def run(
@@ -76,8 +102,8 @@ def run(
 @_config
 @_set
 @_data
-@click.option("--out", type=click.Path(path_type=Path), help="Sweep directory (default: runs/<time>_<name>).")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Finish an earlier sweep.")
+@click.option("--out", type=_path, help="Sweep directory (default: runs/<time>_<name>).")
+@click.option("--resume", type=_path, metavar="DIR", help="Finish an earlier sweep.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
 @click.pass_context
 def sweep(
@@ -112,7 +138,7 @@ def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: st
 
 
 @exsim.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir", type=_path)
 def report(run_dir: Path) -> int:
     """Print the table of a run or a sweep and write its plots and page."""
     if (run_dir / "sweep" / "config.yaml").is_file():
@@ -134,8 +160,8 @@ def report(run_dir: Path) -> int:
 
 
 @exsim.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("--key", required=True, type=click.Path(path_type=Path), help="Key file of the owner.")
+@click.argument("model", required=False, type=_path)
+@click.option("--key", required=True, type=_path, help="Key file of the owner.")
 @click.option("--threshold", default=0.2, show_default=True, help="WSR above which the model counts as stolen.")
 @click.option("--url", help="A suspect behind HTTP, asked in place of MODEL, no longer than a sequential test needs.")
 @click.option("--token", envvar="EXSIM_TOKEN", help="Bearer token at --url (default: EXSIM_TOKEN).")
@@ -172,14 +198,14 @@ def verify(
 
 
 @exsim.command()
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="Model file (safetensors).")
-@click.option("--budget", required=True, type=int, help="Images that each account may ask.")
+@click.option("--model", required=True, type=_path, help="Model file (safetensors).")
+@click.option("--budget", required=True, type=click.IntRange(max=2**63 - 1), help="Images that each account may ask.")
 @click.option("--labels", default="soft", show_default=True, help="Answer mode: soft, hard, top-K, round-D, ...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets others in.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
 @click.option("--accounts", type=int, help="How many accounts there are (default: 1).")
 @click.option("--account", "names", multiple=True, metavar="NAME", help="An account by name; may be repeated.")
-@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Ledger and tokens (default: runs/serve_ID).")
+@click.option("--dir", "directory", type=_path, help="Ledger and tokens (default: runs/serve_ID).")
 @click.option("--address", help="Ray cluster to serve on (default: a local one).")
 def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: Any) -> int:
     """Serve a model over HTTP, with bearer tokens and a budget for each account, until Ctrl-C. See docs/http.md."""
