@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from simulator.cli import main
-from simulator.config import presets, read_config
+from simulator.config import read_config
 from simulator.results import Row, read_rows, read_run_info
 from simulator.rundir import RunDirectory
+from simulator.settings_file import presets
 from simulator.watermarks.key import KeySamples, load_key, save_key
 
 ROOT = Path(__file__).parents[2]

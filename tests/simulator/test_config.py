@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from simulator.answers import check_labels
 from simulator.attacks.knockoff import Knockoff
-from simulator.config import RunConfig, check_config, presets, read_config
+from simulator.config import RunConfig, check_config, read_config
 from simulator.data import DataConfig
 from simulator.errors import InputError
 from simulator.pools import PoolSpec
+from simulator.settings_file import presets
 
 BASE = "name: test\ndataset: digits\nwatermarks: [deeptracer]\n"
 #: a configuration with every key written out

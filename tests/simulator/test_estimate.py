@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from simulator.config import check_config, presets, read_config
+from simulator.config import check_config, read_config
 from simulator.data import DataConfig, Outline, load, outline
 from simulator.estimate import (
     BACKWARD,
@@ -27,6 +27,7 @@ from simulator.estimate import (
     watermark_epochs,
 )
 from simulator.plan import make_plan
+from simulator.settings_file import presets
 from simulator.training import Recipe
 from simulator.watermarks.base import WATERMARKS
 
