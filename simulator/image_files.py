@@ -138,7 +138,7 @@ def read_npz(path: Path, size: int | None) -> Parts:
 
 def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is a directory, not an npz file' if path.is_dir() else 'no such file'}")
     try:
         with path.open("rb") as stream:  # np.load leaves a file open that it cannot read
             stored = np.load(stream, allow_pickle=False)
@@ -187,7 +187,8 @@ def read_folder(root: Path, size: int | None) -> Parts:
         InputError: a folder is missing or empty, the test part has an unknown class, an image cannot be read.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
+        found = "is a file, wanted an npz or a folder of images" if root.is_file() else "no such folder"
+        raise InputError(f"{root}: {found}")
     train_root = root / "train" if (root / "train").is_dir() else root
     classes = [folder.name for folder in _folders(train_root)]
     if len(classes) < 2:

@@ -16,6 +16,10 @@ from simulator.component import one_of
 from simulator.errors import InputError
 
 
+#: characters that the aliases of a file may stand for, beside those that are written
+MAX_ALIASED = 250_000
+
+
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML that is read back as it was."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False)
@@ -24,7 +28,13 @@ def dump_yaml(data: Any) -> str:
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML, in which ``1e-3`` is a number (YAML 1.1 takes it for text), a day is text (no setting is a date, but a
-    run may be named by one) and a key given twice is an error."""
+    run may be named by one), a key given twice is an error, and aliases may not stand for very much."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            _check_aliases(root)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -33,6 +43,35 @@ class _Loader(yaml.SafeLoader):
                 raise InputError(f"key {key.value!r} is given twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
+
+
+def _check_aliases(root: yaml.Node) -> None:
+    """Nine levels of nine aliases are a few lines of text and a hundred million values: they are counted, not built.
+
+    Raises:
+        InputError: the aliases stand for too much, or something contains itself.
+    """
+    expanded: dict[int, int] = {}
+    under_way: set[int] = set()
+    written = 0
+
+    def size(node: yaml.Node) -> int:
+        nonlocal written
+        if id(node) in under_way:
+            raise InputError(f"line {node.start_mark.line + 1}: a list or mapping contains itself")
+        if id(node) not in expanded:
+            own = 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+            under_way.add(id(node))
+            children = (part for each in inside for part in (each if isinstance(each, tuple) else (each,)))
+            expanded[id(node)] = own + sum(size(child) for child in children)
+            under_way.remove(id(node))
+            written += own
+        return expanded[id(node)]
+
+    aliased = size(root) - written
+    if aliased > MAX_ALIASED:
+        raise InputError(f"its aliases stand for {aliased:,} characters beside those written, allowed: {MAX_ALIASED:,}")
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -75,10 +114,13 @@ def read_settings(source: str, package: str = "simulator") -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{source}: cannot be read as text: {error}") from None
     elif source.endswith((".yaml", ".yml")) or "/" in source:
-        raise InputError(f"{source}: no such file")
+        raise InputError(f"{source}: {'is a directory' if _is_folder(path) else 'no such file'}; wanted a YAML file")
     else:
-        raise InputError(f"no preset or file of that name: {one_of(source, list(known))}")
+        there = f"{source} is a directory; " if _is_folder(path) else ""
+        raise InputError(f"{there}no preset or file of that name: {one_of(source, list(known))}")
     data = _parse(text, source)
+    if data is None:
+        raise InputError(f"{source}: is empty; a configuration is a mapping of settings")
     if not isinstance(data, dict):
         raise InputError(f"{source}: a configuration is a mapping of settings, found {type(data).__name__}")
     return data
@@ -96,13 +138,28 @@ def _is_file(source: str) -> bool:
         return False
 
 
+def _is_folder(source: str) -> bool:
+    try:
+        return Path(source).is_dir()
+    except OSError:
+        return False
+
+
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return _apart(yaml.load(text, _Loader))
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     except Exception as error:  # PyYAML lets out what int() says of 0x_, and many others
         raise InputError(f"{source}: not YAML: {as_line(str(error))}") from None
+
+
+def _apart(value: Any) -> Any:
+    """A copy in which every place has lists and mappings of its own: PyYAML gives an anchor and its aliases one object,
+    and to set a value in one place would set it in all."""
+    if isinstance(value, dict):
+        return {key: _apart(each) for key, each in value.items()}
+    return [_apart(each) for each in value] if isinstance(value, list) else value
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -26,7 +26,7 @@ def read_tensors(path: Path, what: str = "a file") -> tuple[dict[str, Tensor], d
         InputError: missing, unreadable, or not safetensors; ``what`` says in the message what was wanted.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; wanted {what}")
+        raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; wanted {what}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -217,6 +217,7 @@ def folder(tiny_config: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathF
     (path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (path / "file").write_text("some text")
     (path / "full").mkdir()
+    (path / "full.npz").mkdir()
     (path / "full" / "something").write_text("precious")
     shutil.copy(model_of(tiny_run, of_role(tiny_run, "victim")), path / "model")
     shutil.copy(key_of(tiny_run), path / "key")
@@ -318,6 +319,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["serve", "--model", "model", "--budget", "9" * 23],
         ["--budget", "9" * 23, "9223372036854775807"],
     ),
+    "a folder for a configuration": (["run", "./full"], ["./full", "is a directory"]),
+    "a folder for a key": (["verify", "model", "--key", "full"], ["full", "is a directory", "a key file"]),
+    "a folder for a model": (["verify", "full", "--key", "key"], ["full", "directory"]),
+    "a folder for an npz": (settings("dataset={name: full.npz}"), ["full.npz", "is a directory"]),
+    "a file for a folder of images": (settings("dataset={name: ./file}"), ["file", "is a file", "folder"]),
     "no run to report": (["report", "full"], ["full", "not a run directory"]),
     "nothing to report": (["report", "young"], ["young", "no results yet"]),
     "a damaged row": (["report", "damaged"], ["damaged", "Parquet"]),

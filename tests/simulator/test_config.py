@@ -109,6 +109,23 @@ def test_anchors_and_merge_keys_work(folder: Path) -> None:
     assert (config.key_filter.training.epochs, config.key_filter.training.batch_size) == (3, 8)
 
 
+@pytest.mark.parametrize("merge", [False, True], ids=["list", "merge keys"])
+def test_aliases_may_not_stand_for_very_much(merge: bool, folder: Path) -> None:
+    """Nine levels of nine: 387 million values, that nobody waits for."""
+    first, rest = ("{k: v}", "{<<: [%s]}") if merge else ("[v, v]", "[%s]")
+    levels = [f"a0: &a0 {first}"]
+    levels += [f"a{n}: &a{n} {rest % ', '.join([f'*a{n - 1}'] * 9)}" for n in range(1, 10)]
+    with pytest.raises(InputError, match=r"its aliases stand for [0-9,]+ characters .* allowed: 250,000") as caught:
+        read_text("\n".join(levels), folder)
+    assert one_line(caught.value)
+
+
+def test_a_hundred_aliases_of_a_recipe_are_read(folder: Path) -> None:
+    entries = ", ".join(["{attack: {name: knockoff, training: *a}}"] * 100)
+    config = read_text(f"{BASE}training: &a {{epochs: 3}}\nscenarios: [{entries}]", folder)
+    assert {entry.attack.params()["training"]["epochs"] for entry in config.scenarios if entry.attack} == {3}
+
+
 # -- overrides ------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +150,15 @@ def test_overrides_reach_into_mappings_lists_and_bare_names(folder: Path) -> Non
     assert config.scenarios[0].attack.params()["training"]["epochs"] == 2
     assert config.scenarios[0].labels == ("soft", "hard")
     assert config.name == "a-b"
+
+
+def test_an_override_changes_the_place_that_it_names_and_no_other_of_the_anchor() -> None:
+    before, after = (
+        json.loads(read_config("digits", changes).to_json()) for changes in ((), ["key_filter.training.batch_size=9"])
+    )
+    assert after["key_filter"]["training"]["batch_size"] == 9
+    after["key_filter"]["training"]["batch_size"] = before["key_filter"]["training"]["batch_size"]
+    assert after == before
 
 
 def test_the_last_override_wins_and_the_preset_is_not_changed() -> None:
@@ -171,7 +197,8 @@ def test_a_bad_override_is_one_line(override: str, fragment: str) -> None:
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 BAD = [
-    ("", "a configuration is a mapping of settings, found NoneType"),
+    ("", "is empty; a configuration is a mapping of settings"),
+    ("# nothing but a comment", "is empty"),
     ("[1, 2]", "a configuration is a mapping of settings, found list"),
     ("name: x", "dataset: Field required"),
     ("{name: x, dataset: digits}", "watermarks: Field required"),
@@ -241,7 +268,8 @@ BAD = [
     ("[" * 2000, "not YAML"),
     ("!!python/object/apply:os.getcwd []", "not YAML"),
     ("? [1, 2]\n: 3", "not YAML"),
-    ("a: &a [*a]", "Circular reference"),
+    ("a: &a [*a]", "line 1: a list or mapping contains itself"),
+    ("a: &a\n  b: [1, {c: *a}]", "contains itself"),
     ("a: !!set {x, y}", "not JSON serializable"),
     ('a: "\\ud800"', "Invalid JSON"),
     ("a: 1\n--- \nb: 2", "not YAML"),
@@ -265,12 +293,15 @@ def test_a_bad_file_is_refused_with_one_line_that_says_why(text: str, fragment: 
         ("nowhere.yaml", "nowhere.yaml: no such file"),
         ("no/where", "no/where: no such file"),
         ("no\nwhere.yaml", "no where.yaml: no such file"),
+        ("/", "/: is a directory; wanted a YAML file"),
+        ("simulator", "simulator is a directory; no preset or file of that name: 'simulator' is not one of"),
         ("x" * 5000, "no preset or file of that name"),
         ("\0", "no preset or file of that name"),
         ("", "no preset or file of that name"),
     ],
 )
-def test_a_source_that_is_not_there_is_refused(source: str, fragment: str) -> None:
+def test_a_source_that_is_not_there_is_refused(source: str, fragment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(InputError) as caught:
         read_config(source)
     assert fragment in str(caught.value)
