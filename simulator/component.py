@@ -18,9 +18,9 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, field_validator
 
 from simulator.errors import InputError
 
@@ -29,6 +29,15 @@ class Settings(BaseModel):
     """A frozen, strict pydantic model: unknown keys, silent conversions and changes after the fact are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _of_64_bits(cls, value: Any) -> Any:
+        """Whole numbers are what rows and other programs hold: ``1e26`` would be written out digit by digit."""
+        for each in value if isinstance(value, tuple) else (value,):
+            if type(each) is int and not -(2**63) <= each < 2**63:
+                raise InputError(f"{each} is too large; whole numbers must be less than {2**63}")
+        return value
 
 
 class Component(Settings):
@@ -61,18 +70,40 @@ def one_of(value: object, allowed: list[str]) -> str:
     return f"{value!r} is not one of {', '.join(allowed)}{hint}"
 
 
-def describe(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one line: where, what was found, what is allowed; and how many more."""
+def describe(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first problem of a pydantic error as one line: where, what was found, what is allowed; and how many more.
+
+    Args:
+        model: what was to be made of the data; with it, the line on an unknown setting lists those that there are.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"] if part != "function-before")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "no such setting"
+        allowed = _settings_at(model, first["loc"][:-1]) if model else []
+        message = f"no such setting; {one_of(first['loc'][-1], allowed)}" if allowed else "no such setting"
     elif first["type"] not in ("value_error", "missing"):
         message = f"{message}, found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return " ".join(f"{where + ': ' if where else ''}{message}{more}".split())
+
+
+def _settings_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The names of the settings at a place of a model; none where the place cannot be followed."""
+    found: type[BaseModel] | None = model
+    for part in place:
+        # positions, keys of mappings and pydantic's own names for the branches of a union are no fields
+        if found is not None and part in found.model_fields:
+            found = _model_in(found.model_fields[str(part)].annotation)
+    return list(found.model_fields) if found else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The one model that an annotation such as ``tuple[Model, ...]`` or ``Model | None`` speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 @cache
@@ -129,7 +160,7 @@ class Registry(Generic[C]):
             # through JSON, because strict mode takes a list for a tuple only there
             return classes[value["name"]].model_validate_json(json.dumps(dict(value)))
         except ValidationError as error:
-            raise InputError(f"{value['name']}: {describe(error)}") from None
+            raise InputError(f"{value['name']}: {describe(error, classes[value['name']])}") from None
 
     def field(self) -> Any:
         """The pydantic annotation for a field that holds a component of this family."""

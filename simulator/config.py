@@ -253,7 +253,7 @@ def check_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise InputError(f"{source}: {describe(error)}") from None
+        raise InputError(f"{source}: {describe(error, RunConfig)}") from None
     except RecursionError:
         raise InputError(f"{source}: values are nested too deeply") from None
     except (TypeError, ValueError, OSError) as error:  # a YAML set, a list inside itself, a path the system refuses

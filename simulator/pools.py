@@ -143,7 +143,7 @@ class PoolSpec(Settings):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise InputError(f"pool: {describe(error)}") from None
+            raise InputError(f"pool: {describe(error, cls)}") from None
 
     @property
     def label(self) -> str:

@@ -15,7 +15,6 @@ import yaml
 from simulator.component import one_of
 from simulator.errors import InputError
 
-
 #: characters that the aliases of a file may stand for, beside those that are written
 MAX_ALIASED = 250_000
 

@@ -15,11 +15,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, pack, unpack
 from simulator.component import Settings
+from simulator.errors import InputError
 from simulator.progress import Progress, silent
 from simulator.seeding import global_randomness
 
@@ -56,6 +57,13 @@ class Recipe(Settings):
     adversarial_epsilon: float = Field(
         0.0, ge=0, le=1, description="of FGSM examples trained on beside every batch; 0 makes none"
     )
+
+    @field_validator("decay_at")
+    @classmethod
+    def _ascending_fractions(cls, at: tuple[float, ...]) -> tuple[float, ...]:
+        if list(at) != sorted(set(at)) or not all(0 < fraction < 1 for fraction in at):
+            raise InputError(f"{list(at)} must be fractions of the epochs, above 0, below 1, ascending")
+        return at
 
     def rate(self, epoch: int, epochs: int) -> float:
         """The learning rate of one epoch (counted from 0) out of ``epochs``."""

@@ -178,7 +178,7 @@ def read_sweep(source: str, overrides: Sequence[str] = ()) -> SweepConfig:
     try:
         return SweepConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise InputError(f"{source}: {describe(error)}") from None
+        raise InputError(f"{source}: {describe(error, SweepConfig)}") from None
     except (TypeError, ValueError, OSError) as error:
         raise InputError(f"{source}: {error}") from None
 

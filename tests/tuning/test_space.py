@@ -75,7 +75,9 @@ def test_a_wrong_space_is_one_clear_line(tmp_path: Path, capsys: Any, space: str
         ("seeds: [100]", "must be others than seeds, [100]"),
         ("halving: {keep: {attack 3: .5}}", "'attack 3' is not one of phase 1, victim, attack 1, attack"),
         ("loggers: [tensorbord]", "'tensorbord' is not one of tensorboard"),
-        ("trails: 3", "trails: no such setting"),
+        ("trails: 3", "trails: no such setting; 'trails' is not one of name, base, space"),
+        ("halving: {braket: 3}", "halving.braket: no such setting; 'braket' is not one of bracket, keep"),
+        ("search: {method: random, sede: 3}", "did you mean 'seed'?"),
     ],
 )
 def test_other_wrong_settings_are_one_clear_line(tmp_path: Path, capsys: Any, more: str, says: str) -> None:
