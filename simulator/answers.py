@@ -70,6 +70,11 @@ def keeps_zeros(mode: str) -> bool:
     return all(step == "soft" or step.startswith("noise-") for step in mode.split(THEN))
 
 
+def most_kept(mode: str) -> int:
+    """The largest K of the mode's ``top-K`` steps; 0 where it has none."""
+    return max(int(step.removeprefix("top-")) if step.startswith("top-") else 0 for step in mode.split(THEN))
+
+
 def answer_policy(mode: str, *query: object) -> Callable[[Tensor], Tensor]:
     """The function from probability rows ``(B, K)`` to the answer rows of a mode, float32 ``(B, K)`` summing to one.
 

@@ -188,10 +188,8 @@ def build_pool(
     Raises:
         InputError: a part has no images, or a class is not one of the data set's.
     """
-    sources: dict[str, Images | None] = {
-        name: _source(name, spec, dataset, foreign, triggers) for name in spec.parts if name != "patches"
-    }
-    counts = _counts(spec, {name: len(images) for name, images in sources.items() if images is not None}, count)
+    sources = _sources(spec, dataset, foreign, triggers)
+    counts = _counts(spec, {name: len(images) for name, images in sources.items()}, count)
     images, groups, used = [], [], 0
     origins: list[Tensor] = []
     for name, number in counts.items():
@@ -204,12 +202,41 @@ def build_pool(
         groups.append(source.labels + used)
         origins.append(torch.full_like(source.labels, len(origins)))
         used += int(source.labels.max()) + 1 if number else 0
-    order = torch.randperm(sum(counts.values()), generator=generator)
-    if not len(order):
-        raise InputError(f"pool {spec.label}: no image at all for {count} queries")
+    order = torch.randperm(_total(spec, counts, count), generator=generator)
     dense = torch.unique(torch.cat(groups), return_inverse=True)[1]
     everything = images[0] if len(images) == 1 else torch.cat(images)
     return Pool(spec.label, everything, dense[order], _parents(dense, torch.cat(origins)), order)
+
+
+def pool_size(
+    spec: PoolSpec,
+    *,
+    dataset: Dataset,
+    count: int,
+    foreign: Callable[[str], Images],
+    triggers: Images | None,
+) -> int:
+    """How many images :func:`build_pool` gives for the same arguments; none is made.
+
+    Raises:
+        InputError: as :func:`build_pool`.
+    """
+    sources = _sources(spec, dataset, foreign, triggers)
+    return _total(spec, _counts(spec, {name: len(images) for name, images in sources.items()}, count), count)
+
+
+def _total(spec: PoolSpec, counts: Mapping[str, int], count: int) -> int:
+    total = sum(counts.values())
+    if not total:
+        raise InputError(f"pool {spec.label}: no image at all for {count} queries")
+    return total
+
+
+def _sources(
+    spec: PoolSpec, dataset: Dataset, foreign: Callable[[str], Images], triggers: Images | None
+) -> dict[str, Images]:
+    """The images of the parts that are not generated."""
+    return {name: _source(name, spec, dataset, foreign, triggers) for name in spec.parts if name != "patches"}
 
 
 def _parents(groups: Tensor, origins: Tensor) -> Tensor | None:

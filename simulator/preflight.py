@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 import torch
 
+from simulator.answers import most_kept
 from simulator.config import RunConfig
 from simulator.data import Dataset, Images, load, training_images
 from simulator.errors import InputError, one_line
 from simulator.models import build
 from simulator.plan import Plan, make_plan
-from simulator.pools import without_test_images
+from simulator.pools import pool_size, without_test_images
 from simulator.seeding import generator_for
 from simulator.simulate import World
 from simulator.watermarks.key import KeySamples
@@ -30,6 +33,7 @@ def prepare(config: RunConfig, data_dir: Path | None = None) -> tuple[Plan, Worl
     if not plan.victims:
         raise InputError(f"{config.name}: watermarks: an empty list leaves nothing to measure; give one or more")
     world = load_world(config, plan, data_dir)
+    labels_fit(plan, world.dataset)
     architectures_fit(plan, world.dataset)
     watermarks_fit(plan, world.dataset)
     pools_fit(config, plan, world)
@@ -57,11 +61,14 @@ def _foreign(name: str, dataset: Dataset, data_dir: Path | None) -> Images:
 
 
 def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
-    """Checks before anything runs that every pool can be built.
+    """Checks before anything runs that every pool can be built: those of the attackers, and the key filter's with as
+    many images as it asks.
 
     Raises:
-        InputError: naming the scenario and what its pool lacks.
+        InputError: naming the pool and what it lacks.
     """
+    if config.watermarks and config.key_filter.stages != "none":
+        _filter_pool_fits(config, world)
     tried: dict[str, None] = {}
     triggers = KeySamples(world.dataset.owner.images[:1], world.dataset.owner.labels[:1], world.dataset.classes)
     for scenario in plan.scenarios:
@@ -75,6 +82,42 @@ def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
                 raise InputError(f"{config.name}: pool {spec.label}: {error}") from None
             except (RuntimeError, MemoryError) as error:  # torch's word for too little memory is RuntimeError
                 raise InputError(f"{config.name}: pool {spec.label}: cannot be built: {one_line(error)}") from None
+
+
+def _filter_pool_fits(config: RunConfig, world: World) -> None:
+    rule = config.key_filter
+    try:
+        count = pool_size(
+            rule.pool,
+            dataset=world.dataset,
+            count=rule.queries,
+            foreign=lambda name: world.foreign[name],
+            triggers=None,
+        )
+    except InputError as error:
+        raise InputError(f"{config.name}: key_filter: {error}") from None
+    needed, there = count * math.prod(world.shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"{config.name}: key_filter.queries: {rule.queries}: pool {rule.pool.label} of {count:,} images takes "
+            f"{needed / 2**30:,.0f} GB, this machine has {there / 2**30:,.0f} GB of memory"
+        )
+
+
+def labels_fit(plan: Plan, dataset: Dataset) -> None:
+    """Checks before anything runs that no answer mode keeps more classes than there are.
+
+    Raises:
+        InputError: naming the mode and the number of classes.
+    """
+    modes = {stage.labels: "labels" for scenario in plan.scenarios for stage in scenario.stages}
+    modes |= {spec.key_filter.labels: "key_filter.labels" for spec in plan.victims if spec.key_filter}
+    for mode, where in modes.items():
+        if most_kept(mode) > dataset.classes:
+            raise InputError(
+                f"{where}: {mode!r} keeps {most_kept(mode)} classes, {dataset.name} has {dataset.classes}: "
+                f"top-1 to top-{dataset.classes} are allowed"
+            )
 
 
 def watermarks_fit(plan: Plan, dataset: Dataset) -> None:

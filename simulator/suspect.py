@@ -30,7 +30,7 @@ def verify_file(model: Path, key: Path, threshold: float) -> tuple[Verdict, str]
     except ValidationError as error:
         raise InputError(f"--threshold: {describe(error)}") from None
     suspect, _ = load_model(model)
-    samples = load_key(key)
+    samples = _load_filtered(key)
     spec = suspect.spec
     _check_fit(key, samples, "the model", (spec.channels, spec.size, spec.size), spec.classes)
     found = verify(suspect, samples, rule)
@@ -76,7 +76,7 @@ def verify_url(
         )
     except ValidationError as error:
         raise InputError(f"sequential test: {describe(error)}") from None
-    samples = load_key(key)
+    samples = _load_filtered(key)
     client = HttpClient(url, token, PATIENCE)
     if answer_field is None:
         info = model_info(client)
@@ -85,6 +85,21 @@ def verify_url(
     generator = generator_for("verify", seed)
     found = verify_sequentially(ask, samples, rule, generator=generator, max_queries=max_queries)
     return found, _about(found, rule, seed)
+
+
+def _load_filtered(path: Path) -> KeySamples:
+    """A key that may prove something: not the triggers that a run keeps beside its keys, in the same format, for pools.
+
+    A run writes the victim into both, and what its filter did into the key alone.
+    """
+    samples = load_key(path)
+    if "victim" in samples.info and "filter" not in samples.info:
+        victim = samples.info["victim"]
+        raise InputError(
+            f"{path}: holds triggers that {victim} was trained on, and no key: they were not filtered, and prove "
+            f"nothing; its key is {victim}.safetensors"
+        )
+    return samples
 
 
 def _check_fit(key: Path, samples: KeySamples, suspect: str, shape: tuple[int, ...], classes: int) -> None:

@@ -221,6 +221,7 @@ def folder(tiny_config: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathF
     (path / "full" / "something").write_text("precious")
     shutil.copy(model_of(tiny_run, of_role(tiny_run, "victim")), path / "model")
     shutil.copy(key_of(tiny_run), path / "key")
+    shutil.copy(key_of(tiny_run).replace(".safetensors", ".triggers.safetensors"), path / "triggers")
     (path / "cut").write_bytes((path / "model").read_bytes()[:-100])
     torch.save({"weight": torch.ones(1)}, path / "pickle")
     key = load_key(path / "key")
@@ -320,6 +321,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--budget", "9" * 23, "9223372036854775807"],
     ),
     "a folder for a configuration": (["run", "./full"], ["./full", "is a directory"]),
+    "triggers for a key": (["verify", "model", "--key", "triggers"], ["triggers", "no key", "filtered"]),
+    "triggers for a key at a URL": (
+        ["verify", "--url", "http://127.0.0.1:9", "--key", "triggers"],
+        ["triggers", "no key", "filtered"],
+    ),
     "a folder for a key": (["verify", "model", "--key", "full"], ["full", "is a directory", "a key file"]),
     "a folder for a model": (["verify", "full", "--key", "key"], ["full", "directory"]),
     "a folder for an npz": (settings("dataset={name: full.npz}"), ["full.npz", "is a directory"]),

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from simulator.config import RunConfig, check_config
 from simulator.data import Images, load
+from simulator.errors import InputError
 from simulator.local import run_config
 from simulator.plan import make_plan
-from simulator.pools import PoolSpec
-from simulator.preflight import load_world
+from simulator.pools import PoolSpec, pool_size
+from simulator.preflight import load_world, pools_fit, prepare
 from simulator.simulate import World
 
 BRIEF = {"epochs": 1, "batch_size": 32}
@@ -55,6 +56,15 @@ def leak(tmp_path: Path) -> str:
     return save_npz(tmp_path / "leak.npz", Images(images, torch.cat([data.test.labels, data.attacker.labels[:50]])))
 
 
+def refused(**changes: Any) -> str:
+    """What is said of a configuration before anything runs."""
+    with pytest.raises(InputError) as caught:
+        prepare(config_of(**changes))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 def world_of(config: RunConfig) -> World:
     return load_world(config, make_plan(config))
 
@@ -79,3 +89,50 @@ class TestTestImages:
         asked = load_file(kept)["images"]
         assert len(asked) == 50
         assert not rows(asked) & rows(world_of(config).dataset.test.images)
+
+
+class TestFilterPool:
+    def test_it_is_checked_with_all_its_images(self) -> None:
+        rule = {"architecture": "linear", "pool": "patches", "training": BRIEF}
+        said = refused(key_filter={**rule, "queries": 10**11})
+        assert "key_filter.queries: 100000000000: pool patches of 100,000,000,000 images takes 5,960 GB" in said
+        prepare(config_of(key_filter={**rule, "queries": 8000}))
+        # what is not asked needs no memory
+        prepare(config_of(key_filter={**rule, "queries": 10**11, "pool": {"parts": "patches", "size": 40}}))
+        prepare(config_of(key_filter={**rule, "queries": 10**11, "stages": "none"}))
+
+    def test_it_has_to_be_there(self) -> None:
+        pool = {"parts": "attacker", "classes": [12]}
+        assert "key_filter: pool: class 12 is not one of digits's" in refused(key_filter={"pool": pool})
+
+    @pytest.mark.parametrize("left", [0, 3])
+    def test_the_images_that_count_are_those_that_are_left(self, left: int, tmp_path: Path) -> None:
+        data = load(config_of().dataset)
+        images = torch.cat([data.test.images, data.attacker.images[:left]])
+        labels = torch.cat([data.test.labels, data.attacker.labels[:left]])
+        file = save_npz(tmp_path / "leak.npz", Images(images, labels))
+        if not left:
+            assert "is a test image" in refused(key_filter={"architecture": "linear", "pool": file})
+            return
+        # of 9 to 1, three images carry no more than three of the other part
+        pool = {"parts": {"attacker": 1, file: 9}, "size": 300}
+        config = config_of(key_filter={"architecture": "linear", "pool": pool})
+        world = world_of(config)
+        pools_fit(config, make_plan(config), world)
+        spec = config.key_filter.pool
+        counted = pool_size(
+            spec, dataset=world.dataset, count=40, foreign=lambda name: world.foreign[name], triggers=None
+        )
+        assert counted == len(world.pool(spec, 40, torch.Generator())) == 3
+
+
+class TestLabels:
+    @pytest.mark.parametrize("mode", ["top-11", "noise-0.5 then top-11 then round-2", "top-3 then top-99"])
+    def test_no_more_classes_than_there_are(self, mode: str) -> None:
+        scenario = {"attack": "knockoff", "pool": "attacker", "budget": 9}
+        said = refused(scenarios=[{**scenario, "labels": ["soft", mode]}])
+        assert f"labels: {mode!r} keeps " in said
+        assert "digits has 10: top-1 to top-10 are allowed" in said
+        rule = {"architecture": "linear", "pool": "attacker"}
+        assert f"key_filter.labels: {mode!r}" in refused(key_filter={**rule, "labels": mode})
+        prepare(config_of(scenarios=[{**scenario, "labels": ["soft", "hard", "top-10", "top-1 then round-2"]}]))
