@@ -10,7 +10,8 @@ A set is one of the known (:mod:`simulator.known_sets`), a ``*.npz`` file or a f
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from pydantic import Field, field_validator
 from simulator.component import Settings, one_of
 from simulator.errors import InputError
 from simulator.image_files import Images, Parts, convert_images, read_folder, read_npz
-from simulator.known_sets import KNOWN, KnownSet, read_known
+from simulator.known_sets import KNOWN, AbsentError, KnownSet, read_known
 
 __all__ = [
+    "AbsentError",
     "DataConfig",
     "Dataset",
     "Images",
@@ -109,7 +111,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Outline:
-    """What can be said of a data set without its images: their format, and how many each part gets."""
+    """What can be said of a data set without its images: their format, and how many each part gets.
+
+    ``foreign`` has the numbers of images of the other sets that pools draw from, as far as they are known.
+    """
 
     classes: int
     channels: int
@@ -117,6 +122,7 @@ class Outline:
     owner: int
     attacker: int
     test: int
+    foreign: Mapping[str, int] = field(default_factory=dict)
 
 
 def outline(config: DataConfig, data_dir: Path | None = None) -> Outline:
@@ -171,7 +177,7 @@ def _is_path(name: str) -> bool:
     return name.endswith(".npz") or any(mark in name for mark in separators) or (bool(name) and Path(name).is_dir())
 
 
-def load(config: DataConfig, data_dir: Path | None = None) -> Dataset:
+def load(config: DataConfig, data_dir: Path | None = None, *, download: bool = True) -> Dataset:
     """A data set, split by ``config.split_seed``.
 
     One permutation of the training images serves every size: the owner takes from its front, the attacker from its
@@ -180,11 +186,13 @@ def load(config: DataConfig, data_dir: Path | None = None) -> Dataset:
     Args:
         config: which set, and the split.
         data_dir: where the known sets' files are; default the environment's EXSIM_DATA, else ``~/.cache/exsim``.
+        download: a known set whose files are not there; otherwise it is absent.
 
     Raises:
+        AbsentError: the files of a known set are not there, and ``download`` is false.
         InputError: the set is absent and cannot be downloaded, is not what it should be, or is too small.
     """
-    parts = _read(config.name, config.size, data_dir)
+    parts = _read(config.name, config.size, data_dir, download)
     generator = torch.Generator().manual_seed(config.split_seed)
     order = torch.randperm(len(parts.train), generator=generator)
     owner, attacker, tested = _numbers(config, len(parts.train), None if parts.test is None else len(parts.test))
@@ -210,14 +218,16 @@ def load(config: DataConfig, data_dir: Path | None = None) -> Dataset:
     return dataset
 
 
-def training_images(name: str, data_dir: Path | None = None, size: int | None = None) -> Images:
+def training_images(
+    name: str, data_dir: Path | None = None, size: int | None = None, *, download: bool = True
+) -> Images:
     """All training images of a set that is not the victim's (all images, where it has no test part), for a pool.
 
     Raises:
         InputError: as for :func:`load`.
     """
     check_name(name)
-    return _read(name, size, data_dir).train
+    return _read(name, size, data_dir, download).train
 
 
 def _numbers(config: DataConfig, train: int, official_test: int | None) -> tuple[int, int, int]:
@@ -242,9 +252,9 @@ def _numbers(config: DataConfig, train: int, official_test: int | None) -> tuple
     return owner, attacker, test
 
 
-def _read(name: str, size: int | None, data_dir: Path | None) -> Parts:
+def _read(name: str, size: int | None, data_dir: Path | None, download: bool) -> Parts:
     if name in KNOWN:
-        return read_known(name, size, _directory(data_dir))
+        return read_known(name, size, _directory(data_dir), download)
     path = Path(name).expanduser()
     return read_npz(path, size) if name.endswith(".npz") else read_folder(path, size)
 

@@ -255,7 +255,7 @@ def stage_images(stage: StageConfig, data: Outline) -> int:
         asked = attack.student_steps + attack.generator_steps * attack.generator_cost(stage.labels)
         rounds = stage.budget / (recipe.batch_size * max(1, asked))
         return math.ceil(rounds * recipe.batch_size * (attack.student_steps + attack.replay_steps) * attack.students)
-    pools = {"attacker": data.attacker, "owner": data.owner}
+    pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
     sizes = [pools.get(name, stage.budget) for pool in stage.pools for name in pool.parts]
     transfer = min(stage.budget, sum(sizes))
     settings = attack.params()

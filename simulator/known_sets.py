@@ -20,6 +20,10 @@ from simulator.errors import InputError
 from simulator.image_files import Images, Parts, convert_images, one_line, read_npz
 
 
+class AbsentError(InputError):
+    """The files of a known set are not there, and were not to be downloaded."""
+
+
 @dataclass(frozen=True)
 class KnownSet:
     """What a known set must look like, and how it is read.
@@ -43,12 +47,13 @@ class KnownSet:
     digests: tuple[str, ...] = ()
 
 
-def read_known(name: str, size: int | None, directory: Path) -> Parts:
+def read_known(name: str, size: int | None, directory: Path, download: bool = True) -> Parts:
     """A known set from ``directory``, its images square with side ``size`` (None: the set's default).
 
     CIFAR-10 is read from ``cifar10.npz`` where the directory has one.
 
     Raises:
+        AbsentError: the files are absent, and ``download`` is false.
         InputError: the files are absent and cannot be downloaded, are damaged, or are another set's.
     """
     known = KNOWN[name]
@@ -62,7 +67,7 @@ def read_known(name: str, size: int | None, directory: Path) -> Parts:
         parts = read_npz(archive, None)
     else:
         try:
-            train, test = (known.convert(_open(name, directory, part), side) for part in ("train", "test"))
+            train, test = (known.convert(_open(name, directory, part, download), side) for part in ("train", "test"))
         except InputError:
             raise
         except Exception as error:  # torchvision's readers raise anything from AssertionError to KeyError
@@ -112,7 +117,7 @@ def _check_known(name: str, part: Images, what: str, counts: tuple[int, ...], wh
         )
 
 
-def _open(name: str, directory: Path, part: str) -> Any:
+def _open(name: str, directory: Path, part: str, download: bool) -> Any:
     """The torchvision data set, downloaded if its files are absent."""
     from torchvision import datasets  # slow to import, and digits does without it
 
@@ -123,6 +128,8 @@ def _open(name: str, directory: Path, part: str) -> Any:
     except RuntimeError as error:
         if "not found" not in str(error):
             raise
+    if not download:
+        raise AbsentError(f"{name}: not in {directory}")
     try:
         return make(root=directory, download=True, **arguments)
     except Exception as error:  # no network, no disk, a wrong MD5 sum: each in another type

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from simulator.answers import most_kept
 from simulator.config import RunConfig
-from simulator.data import Dataset, Images, load, training_images
+from simulator.data import AbsentError, Dataset, load, training_images
 from simulator.errors import InputError, one_line
 from simulator.models import build
 from simulator.plan import Plan, make_plan
@@ -23,16 +24,17 @@ from simulator.watermarks.key import KeySamples
 OWN_PARTS = ("attacker", "owner", "triggers", "patches")
 
 
-def prepare(config: RunConfig, data_dir: Path | None = None) -> tuple[Plan, World]:
+def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool = True) -> tuple[Plan, World]:
     """The plan of a run and its images, with everything checked that can be checked before anything runs.
 
     Raises:
+        AbsentError: a known set is not there, and ``download`` is false.
         InputError: a data set, a pool or an architecture does not fit what the run asks.
     """
     plan = make_plan(config)
     if not plan.victims:
         raise InputError(f"{config.name}: watermarks: an empty list leaves nothing to measure; give one or more")
-    world = load_world(config, plan, data_dir)
+    world = load_world(config, plan, data_dir, download=download)
     labels_fit(plan, world.dataset)
     architectures_fit(plan, world.dataset)
     watermarks_fit(plan, world.dataset)
@@ -40,24 +42,52 @@ def prepare(config: RunConfig, data_dir: Path | None = None) -> tuple[Plan, Worl
     return plan, world
 
 
-def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None) -> World:
-    """Loads every data set that a run needs; the foreign ones without the victim's test images.
+def look_at(config: RunConfig, data_dir: Path | None = None) -> tuple[dict[str, int], str]:
+    """Checks what :func:`prepare` checks, as far as images are there; nothing is downloaded.
+
+    Returns:
+        The number of images of each foreign set that is there (without the victim's test images, unless those are not
+        there), and what is missing: a line, empty where everything was checked.
 
     Raises:
-        InputError: one is missing, damaged, too small for what the run asks, or too poor in classes.
+        InputError: what a run would be refused for.
     """
-    dataset = load(config.dataset, data_dir)
+    try:
+        _, world = prepare(config, data_dir, download=False)
+    except AbsentError as error:
+        absent = str(error)
+    else:
+        return {name: len(images) for name, images in world.foreign.items()}, ""
+    counts = {}
+    for name in foreign_names(config, make_plan(config)):
+        with suppress(AbsentError):
+            counts[name] = len(training_images(name, data_dir, download=False))
+    return counts, f"{absent}: what depends on its images was not checked"
+
+
+def foreign_names(config: RunConfig, plan: Plan) -> list[str]:
+    """The data sets beside the victim's that pools of a run draw from, sorted."""
     specs = [pool for scenario in plan.scenarios for stage in scenario.stages for pool in stage.pools]
     if config.watermarks and config.key_filter.stages != "none":
         specs.append(config.key_filter.pool)
-    names = {name for spec in specs for name in spec.parts if name not in OWN_PARTS}
+    return sorted({name for spec in specs for name in spec.parts if name not in OWN_PARTS})
+
+
+def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None, *, download: bool = True) -> World:
+    """Loads every data set that a run needs; the foreign ones without the victim's test images.
+
+    Raises:
+        AbsentError: a known one is not there, and ``download`` is false.
+        InputError: one is missing, damaged, too small for what the run asks, or too poor in classes.
+    """
+    dataset = load(config.dataset, data_dir, download=download)
     if config.watermarks and "triggers" in config.key_filter.pool.parts:
         raise InputError("key_filter.pool: 'triggers' is for attackers' pools; the owner's filter has no use for it")
-    return World(dataset, {name: _foreign(name, dataset, data_dir) for name in sorted(names)})
-
-
-def _foreign(name: str, dataset: Dataset, data_dir: Path | None) -> Images:
-    return without_test_images(training_images(name, data_dir), dataset, name)
+    foreign = {
+        name: without_test_images(training_images(name, data_dir, download=download), dataset, name)
+        for name in foreign_names(config, plan)
+    }
+    return World(dataset, foreign)
 
 
 def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:

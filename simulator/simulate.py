@@ -34,10 +34,8 @@ from simulator.watermarks.key import KeySamples
 
 @dataclass(frozen=True)
 class World:
-    """The images of a run: the victim's data set, and the foreign ones that pools draw from, by name.
-
-    The foreign ones are what :func:`simulator.pools.without_test_images` left of them: :meth:`for_attackers`, which
-    knows no test part, could not do it.
+    """The images of a run: the victim's data set, and by name the foreign ones that pools draw from, as
+    :func:`simulator.pools.without_test_images` left them: an attacker's view, without a test part, cannot clean them.
     """
 
     dataset: Dataset

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +22,14 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
     """Prints the plan of a configuration; returns the exit status.
 
     Raises:
-        InputError: the data are not there, or no cluster is at the address.
+        InputError: what a run would be refused for, or no cluster is at the address.
     """
     from simulator.plan import make_plan
+    from simulator.preflight import look_at
 
     plan = make_plan(config)
-    costs = _estimate(config, plan, data, address)
+    foreign, absent = look_at(config, data)
+    costs = _estimate(config, plan, data, address, foreign)
     console = terminal.console()
     console.print(_table(config, plan))
     share = config.resources
@@ -37,7 +41,7 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
         f"(of a GPU where there is one, else of a CPU; collectors always of a CPU)",
         soft_wrap=True,
     )
-    for line in costs:
+    for line in [*costs, absent] if absent else costs:
         console.print(line, soft_wrap=True, highlight=False)
     return 0
 
@@ -62,7 +66,9 @@ def _table(config: RunConfig, plan: Plan) -> Table:
     return table
 
 
-def _estimate(config: RunConfig, plan: Plan, data: Path | None, address: str | None) -> list[str]:
+def _estimate(
+    config: RunConfig, plan: Plan, data: Path | None, address: str | None, foreign: Mapping[str, int]
+) -> list[str]:
     """What a plan costs, by :mod:`simulator.estimate`, and how much of it runs at once on a cluster, or on this
     machine."""
     from simulator.data import outline
@@ -77,7 +83,7 @@ def _estimate(config: RunConfig, plan: Plan, data: Path | None, address: str | N
         with tempfile.TemporaryDirectory() as logs, connected(address, Path(logs)):
             there = nodes()
     use_one_thread()
-    images = outline(config.dataset, data)
+    images = replace(outline(config.dataset, data), foreign=foreign)
     speeds = {name: calibrate(name, images, config.training.batch_size) for name in architectures(plan)}
     found = estimate(config, plan, images, speeds)
     cpus, gpus = (sum(node.get(kind, 0) for node in there) for kind in ("CPU", "GPU"))

@@ -296,6 +296,9 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "missing folder": (settings("dataset.name=./missing"), ["missing", "no such folder"]),
     "truncated npz": (settings("dataset={name: cut.npz}"), ["cut.npz", "truncated"]),
     "pickled npz": (settings("dataset={name: pickled.npz}"), ["pickled.npz", "pickled objects"]),
+    "a truncated npz as a pool": (settings("scenarios.0.pool=./cut.npz"), ["cut.npz", "truncated"]),
+    "a pickled npz for the filter": (settings("key_filter.pool=./pickled.npz"), ["pickled.npz", "pickled objects"]),
+    "a missing folder as a pool": (settings("scenarios.0.pool={attacker: 1, ./none: 1}"), ["none", "no such folder"]),
     "text for npz": (settings("dataset={name: ./file}"), ["file", "folder"]),
     "out under a file": ([*settings(), "--out", "file/run"], ["file/run", "cannot write"]),
     "out is a file": ([*settings(), "--out", "file"], ["file", "exists"]),
@@ -348,6 +351,12 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "threshold too high": (["verify", "model", "--key", "key", "--threshold", "2"], ["threshold", "2", "0 and 1"]),
     "threshold no number": (["verify", "model", "--key", "key", "--threshold", "x"], ["threshold", "'x'"]),
     "threshold NaN": (["verify", "model", "--key", "key", "--threshold", "nan"], ["threshold", "finite"]),
+}
+#: what a run is refused for, its plan is, too
+BAD |= {
+    f"plan: {name}": (["plan", *arguments[:1], *arguments[2:]], words)
+    for name, (command, *arguments), words in ((name, *case) for name, case in BAD.items())
+    if (command, *arguments[:2]) == ("run", "tiny.yaml", "--local") and not {"--out", "--wait"} & set(arguments)
 }
 ON_RAY = {
     "no GPU in the cluster": (["run", "tiny.yaml", "--set", "device=cuda"], ["device", "cuda", "cluster", "cpu"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,13 @@ def images(**stage: Any) -> int:
     """What the one stage of a scenario trains on."""
     _, made = plan(scenarios=[stage], controls=False)
     return stage_images(made.scenarios[0].stages[0], DATA)
+
+
+def test_a_theft_asks_no_more_than_a_foreign_set_has() -> None:
+    attack = {"attack": {"name": "knockoff", "training": RECIPE}, "pool": "svhn", "budget": 400}
+    (scenario,) = plan(scenarios=[attack], controls=False)[1].scenarios
+    counted = [stage_images(scenario.stages[0], replace(DATA, foreign=foreign)) for foreign in ({}, {"svhn": 70})]
+    assert counted == [6 * 400, 6 * 70]
 
 
 def test_the_owners_work() -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simulator.cli import main
 from simulator.config import RunConfig, check_config
 from simulator.data import Images, load
 from simulator.errors import InputError
 from simulator.local import run_config
 from simulator.plan import make_plan
 from simulator.pools import PoolSpec, pool_size
-from simulator.preflight import load_world, pools_fit, prepare
+from simulator.preflight import load_world, look_at, pools_fit, prepare
 from simulator.simulate import World
 
 BRIEF = {"epochs": 1, "batch_size": 32}
@@ -136,3 +137,36 @@ class TestLabels:
         rule = {"architecture": "linear", "pool": "attacker"}
         assert f"key_filter.labels: {mode!r}" in refused(key_filter={**rule, "labels": mode})
         prepare(config_of(scenarios=[{**scenario, "labels": ["soft", "hard", "top-10", "top-1 then round-2"]}]))
+
+
+class TestPlan:
+    """``exsim plan`` looks at what a run would, as far as it is there."""
+
+    def test_what_is_there_is_counted_without_test_images(self, leak: str) -> None:
+        scenario = {"attack": "knockoff", "pool": leak, "budget": 90}
+        assert look_at(config_of(scenarios=[scenario])) == ({leak: 50}, "")
+
+    def test_a_known_set_that_is_absent_is_not_downloaded_and_files_are_read(
+        self, leak: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from torchvision import datasets
+
+        def unwanted(_self: object) -> None:
+            raise AssertionError("nothing is to be downloaded")
+
+        monkeypatch.setattr(datasets.MNIST, "download", unwanted)
+        scenario = {"attack": "knockoff", "pool": {leak: 1, "mnist": 1}, "budget": 90}
+        for changes in ({}, {"dataset": "fashion_mnist"}):
+            counts, absent = look_at(config_of(**changes, scenarios=[scenario]), tmp_path)
+            assert counts == {leak: 130}
+            assert absent == (
+                f"{'fashion_mnist' if changes else 'mnist'}: not in {tmp_path}: what depends on its images was not "
+                "checked"
+            )
+        Path(leak).write_bytes(Path(leak).read_bytes()[:400])
+        with pytest.raises(InputError, match="truncated or corrupt"):
+            look_at(config_of(dataset="fashion_mnist", scenarios=[scenario]), tmp_path)
+
+    def test_the_plan_says_what_it_did_not_check(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", "fashion-mnist-quick", "--data", str(tmp_path)]) == 0
+        assert f"fashion_mnist: not in {tmp_path}: what depends on its images" in capsys.readouterr().out
