@@ -25,6 +25,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, Val
 from simulator.errors import InputError
 
 
+#: characters of a wrong value that a message shows
+LONGEST = 200
+
+
 class Settings(BaseModel):
     """A frozen, strict pydantic model: unknown keys, silent conversions and changes after the fact are refused."""
 
@@ -84,7 +88,8 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
         allowed = _settings_at(model, first["loc"][:-1]) if model else []
         message = f"no such setting; {one_of(first['loc'][-1], allowed)}" if allowed else "no such setting"
     elif first["type"] not in ("value_error", "missing"):
-        message = f"{message}, found {first['input']!r}"
+        found = repr(first["input"])
+        message = f"{message}, found {found if len(found) <= LONGEST else found[: LONGEST - 3] + '...'}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return " ".join(f"{where + ': ' if where else ''}{message}{more}".split())
 

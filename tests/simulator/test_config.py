@@ -333,6 +333,13 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
         read_config(str(tmp_path / "run.yaml"))
 
 
+def test_a_large_wrong_value_is_not_shown_whole(folder: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read_text(f"{BASE}training: [{'1, ' * 10_000}]", folder)
+    assert str(caught.value).endswith("1, 1...")
+    assert len(str(caught.value)) < 400
+
+
 # -- fuzzing --------------------------------------------------------------------------------------------------------
 
 WORDS = st.sampled_from(["digits", "knockoff", "soft", "top-3", "patches", "deeptracer", "alexnet", "auto", "name"])
