@@ -24,7 +24,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, Val
 
 from simulator.errors import InputError
 
-
 #: characters of a wrong value that a message shows
 LONGEST = 200
 
