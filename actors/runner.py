@@ -32,6 +32,7 @@ from actors.jobs import ATTEMPTS, Deployment, Failed, Job, Jobs
 from actors.pool import Pool
 from simulator.config import RunConfig
 from simulator.display import Display, Task
+from simulator.errors import RunFailed
 from simulator.ledger import Ledger
 from simulator.plan import OwnerModel, Plan, Scenario
 from simulator.results import Row
@@ -358,7 +359,7 @@ class RayRun:
 
     def _broken(self, why: str) -> None:
         """A collector that fails cannot be worked around: it ends the run."""
-        raise RuntimeError(f"the collector failed: {why}")
+        raise RunFailed(f"the collector failed: {why}")
 
     # -- what the user sees ----------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from actors.http_body import MAX_BODY
 from actors.ledger import LedgerActor
 from actors.stores import ShelfActor
 from actors.victim import MAX_ONGOING
-from simulator.answers import check_labels
+from simulator.answers import check_labels, most_kept
 from simulator.errors import InputError
 from simulator.files import LOCK, Folder, locked, write_atomically
 from simulator.http_oracle import HttpClient, ModelInfo
@@ -144,6 +144,8 @@ def served(
     if budget < 1:
         raise InputError(f"--budget {budget}: at least 1")
     spec = load_model(file)[0].spec
+    if most_kept(labels) > spec.classes:
+        raise InputError(f"--labels {labels}: allowed: top-1 to top-{spec.classes}, as the model has so many classes")
     data = file.read_bytes()
     victim = f"model-{digest_of(data)[:12]}"
     directory = directory or Path("runs") / f"serve_{victim}"

@@ -1,4 +1,4 @@
-"""The one exception that reaches the user as a single line and exit status 2."""
+"""The exceptions that reach the user as a single line."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,10 @@ class InputError(ValueError):
     The message is one line that names what was wrong, the value found and what is allowed. The command line
     prints it on stderr and exits with status 2, without a traceback.
     """
+
+
+class RunFailed(Exception):
+    """A run cannot go on, by no fault of its input. The command line prints the one line and exits with status 1."""
 
 
 def one_line(error: BaseException) -> str:

@@ -351,6 +351,11 @@ def _config(run_dir: Path) -> str:
         raise InputError(f"{run_dir / 'config.yaml'} cannot be read: {error}") from None
 
 
+def was_filtered(run_dir: Path) -> bool:
+    """Whether a filter chose the key samples of a run."""
+    return _filtered(_config(run_dir))
+
+
 def _filtered(config: str) -> bool:
     """Whether a filter chose the key samples: unless the config says ``key_filter.stages: none``."""
     try:

@@ -21,10 +21,10 @@ from actors.cluster import Layout, here
 from actors.crew import Crew
 from simulator.config import check_config
 from simulator.display import Display
-from simulator.errors import InputError, one_line
+from simulator.errors import InputError, RunFailed, one_line
 from simulator.files import write_atomically
 from simulator.plan import make_plan
-from simulator.preflight import architectures_fit, load_world, prepare, watermarks_fit
+from simulator.preflight import architectures_fit, labels_fit, load_world, pools_fit, prepare, watermarks_fit
 from simulator.rundir import RunDirectory
 from simulator.simulate import World
 from tuning.config import SweepConfig, read_sweep
@@ -58,8 +58,10 @@ def prepare_sweep(config: SweepConfig, data_dir: Path | None = None) -> tuple[Wo
         plan = make_plan(variant)
         watermarks_fit(plan, world.dataset)
         architectures_fit(plan, world.dataset)
+        labels_fit(plan, world.dataset)
         if not _foreign(variant) <= _foreign(everything):
             foreign |= load_world(variant, plan, data_dir).foreign
+        pools_fit(variant, plan, World(world.dataset, foreign))
     return World(world.dataset, foreign), proposals(config)
 
 
@@ -227,7 +229,8 @@ class Sweep:
         except RayTaskError:  # the board or the ledger is being started again; what was drawn last stays
             return
         except RayActorError as error:
-            raise RuntimeError("the sweep's workshop died; what was measured is kept, resume the sweep") from error
+            again = f"exsim sweep --resume {self._directory.path}"
+            raise RunFailed(f"the sweep's workshop died; what was measured is kept, go on with: {again}") from error
         for row in rows:
             if row.status == "failed":
                 self._display.note(f"failed: {row.attack or 'training'} on {row.victim}: {row.error}", "bold red")

@@ -12,7 +12,7 @@ import click
 
 from simulator import __version__
 from simulator.cli import terminal
-from simulator.errors import InputError
+from simulator.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from simulator.config import RunConfig
@@ -148,13 +148,13 @@ def report(run_dir: Path) -> int:
         print_sweep(run_dir, terminal.console())
         terminal.console().print(f"report: {terminal.shown(page)}", soft_wrap=True)
         return 0
-    from simulator.report import render_table, write_report
+    from simulator.report import render_table, was_filtered, write_report
     from simulator.results import read_rows
 
     console = terminal.console()
     rows = read_rows(run_dir)
     page = write_report(run_dir)
-    console.print(render_table(rows, width=console.width))
+    console.print(render_table(rows, width=console.width, filtered=was_filtered(run_dir)))
     console.print(f"report: {terminal.shown(page)}", soft_wrap=True)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
@@ -248,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(status or 0)
     except InputError as error:
         message = str(error)
+    except RunFailed as error:
+        print(f"exsim: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.exceptions.NoArgsIsHelpError as error:

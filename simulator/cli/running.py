@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from simulator.cli import terminal
-from simulator.errors import InputError
+from simulator.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,14 +74,17 @@ def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place
             state = _on_ray(directory, config, data, place, console)
     except KeyboardInterrupt:
         state = "interrupted"
+    except RunFailed as failed:
+        again = f"exsim run --resume {terminal.shown(directory.path)}"
+        raise RunFailed(f"{failed}; Ray's lines are in logs/. What was done is kept, go on with: {again}") from failed
     rows = directory.rows()
     shown = terminal.shown(directory.path)
     if state == "interrupted":
         console.print(f"interrupted; {len(rows)} rows are kept. Go on with: exsim run --resume {shown}", soft_wrap=True)
         return terminal.INTERRUPTED
-    from simulator.report import render_table, write_report
+    from simulator.report import render_table, was_filtered, write_report
 
-    console.print(render_table(rows, width=console.width, filtered=config.key_filter.stages != "none"))
+    console.print(render_table(rows, width=console.width, filtered=was_filtered(directory.path)))
     page = write_report(directory.path)
     console.print(f"results: {shown}   report: {terminal.shown(page)}", soft_wrap=True)
     return 0 if state == "done" else 1

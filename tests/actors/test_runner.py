@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from actors.cluster import lay_out
 from actors.runner import RayRun
+from simulator.cli import main
 from simulator.config import RunConfig, check_config, read_config
 from simulator.display import Display
 from simulator.errors import InputError
@@ -196,6 +197,22 @@ def test_a_half_done_run_of_the_plain_loop_is_finished_and_pays_nothing_again(
     assert weights(path) == weights(tiny_run)
     assert files(path, "transfer") == files(tiny_run, "transfer")
     assert (path / "ledger" / "ledger.log").read_bytes() == before
+
+
+def test_a_run_without_a_collector_ends_in_one_line_that_says_how_to_go_on(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: RayRun) -> bool:
+        self._crew.dismiss()
+        self._broken("out of memory")
+        return True
+
+    monkeypatch.setattr(RayRun, "run", broken)
+    assert main(["run", str(tiny_config), "--out", str(tmp_path / "run")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the collector failed: out of memory" in line
+    assert f"exsim run --resume {tmp_path / 'run'}" in line
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_damaged_account_is_refused_before_anything_starts(tiny_config: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def folder(tmp_path: Path) -> Path:
         (["--budget", "0"], "--budget 0"),
         (["--labels", "sofft"], "--labels: 'sofft' is not one of"),
         (["--labels", "top-0"], "--labels"),
+        (["--labels", "top-11"], "top-1 to top-10"),
         (["--accounts", "0"], "--accounts 0"),
         (["--accounts", "2", "--account", "ann"], "one of them"),
         (["--account", "ann", "--account", "ann"], "twice"),

@@ -58,6 +58,8 @@ def refused(path: Path, capsys: Any, space: str, more: str = "") -> str:
         ("architecture: {choice: [naivenet, navienet]}", "did you mean 'naivenet'?"),
         ("watermarks.0.source_classes: {choice: [4, 10]}", "Input should be 2, 4, 6 or 8, found 10"),
         ("scenarios.0.labels: {choice: [[soft, hard], soft]}", "changes the number of"),
+        ("scenarios.0.labels: {choice: [soft, top-11]}", "top-1 to top-10"),
+        ("key_filter.queries: {choice: [500, 100000000000]}", "this machine has"),
         ("dataset.owner: {randint: [100, 200]}", "cannot be searched: all trials share name, seeds, dataset"),
         ("", "nothing is searched"),
     ],
