@@ -68,7 +68,7 @@ class Worker:
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._queue: FairQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = FairQueue()
         self._prepare = prepare
-        self._low = asyncio.Event()
+        self._low, self._awaited = asyncio.Event(), False
         threading.Thread(target=self._work, name="answers", daemon=True).start()
 
     async def run(self, account: str, cost: float, work: Callable[[], Item]) -> Item:
@@ -79,16 +79,21 @@ class Worker:
         return await future
 
     async def low(self) -> None:
-        """Waits until few items wait."""
+        """Waits until few items wait. One caller at a time."""
         while len(self._queue) > LOW:
             self._low.clear()
-            await self._low.wait()
+            self._awaited = True
+            if len(self._queue) > LOW:  # still: whoever takes the next will see that it is awaited
+                await self._low.wait()
 
     def _work(self) -> None:
         self._prepare()
         while True:
             work, loop, future = self._queue.get()
-            if len(self._queue) <= LOW:  # told by whoever takes: an asker that has gone tells nobody
+            # told by whoever takes, as an asker that has gone tells nobody; and only if somebody waits to hear it, for
+            # to wake the loop costs time
+            if self._awaited and len(self._queue) <= LOW:
+                self._awaited = False
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._low.set)
             if future.cancelled():  # its client has gone
