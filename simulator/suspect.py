@@ -96,7 +96,7 @@ def _load_filtered(path: Path) -> KeySamples:
     if "victim" in samples.info and "filter" not in samples.info:
         victim = samples.info["victim"]
         raise InputError(
-            f"{path}: holds triggers that {victim} was trained on, and no key: they were not filtered, and prove "
+            f"{path}: holds triggers of {victim} for pools, and no key: they were not filtered, and prove "
             f"nothing; its key is {victim}.safetensors"
         )
     return samples

@@ -18,13 +18,10 @@ from typing import Any, Literal
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayError
 
 from actors.crew import Crew
-from actors.jobs import ATTEMPTS, innermost, is_lost
 from simulator.config import RunConfig
 from simulator.display import Task
-from simulator.errors import one_line
 from simulator.files import Folder
 from simulator.plan import OwnerModel, Plan, Scenario, make_plan
 from simulator.results import Row
@@ -32,6 +29,7 @@ from simulator.rundir import RunDirectory
 from tuning.config import SweepConfig
 from tuning.objective import Measured, Stolen
 from tuning.space import Setting, applied, setting_id
+from tuning.workers import Workers, WorkFailed
 
 #: from when to when a piece of work waited for a worker or was in its hands, ``time.monotonic()`` of this process
 Span = tuple[float, float]
@@ -39,10 +37,6 @@ Span = tuple[float, float]
 Times = tuple[float, float, float]
 #: a row's role, its scenario's or model's id, and the parameters of the watermark whose key it was measured with
 Place = tuple[Literal["benign", "victim", "stolen"], str, str]
-
-
-class WorkFailed(Exception):
-    """A piece of work has failed; its text is for the rows."""
 
 
 def union(spans: Iterable[Span]) -> float:
@@ -59,83 +53,6 @@ def idle(spans: Iterable[Span]) -> float:
     spans = list(spans)
     whole = max((last for _, last in spans), default=0.0) - min((first for first, _ in spans), default=0.0)
     return whole - union(spans)
-
-
-class Workers:
-    """Idle workers of one kind, and those in use."""
-
-    def __init__(self, new: Callable[[], Any], count: int) -> None:
-        self._new = new
-        self._idle: asyncio.Queue[Any] = asyncio.Queue()
-        self._arriving: set[asyncio.Task[None]] = set()
-        self.everyone = [new() for _ in range(count)]
-        for worker in self.everyone:
-            self._idle.put_nowait(worker)
-
-    async def do(
-        self,
-        call: Callable[[Any], Sequence[ObjectRef[Any]]],
-        begin: Callable[[], None],
-        keep: Callable[[list[Any]], Sequence[ObjectRef[Any]]] = lambda refs: refs,
-    ) -> list[Any]:
-        """Has an idle worker do something, another if its process dies; the references, of which the last is there.
-
-        Args:
-            keep: hands what was done to whoever keeps it; what was lost with its node before that is done again. Its
-                references are returned.
-
-        Raises:
-            WorkFailed: the work itself failed, or was lost again and again.
-        """
-        died = ""
-        for _ in range(ATTEMPTS):
-            worker = await self._idle.get()
-            begin()
-            try:
-                refs = list(call(worker))
-                await refs[-1]
-            except RayError as error:
-                if not is_lost(error):
-                    self._idle.put_nowait(worker)
-                    raise WorkFailed(one_line(innermost(error))) from None
-                died = one_line(innermost(error))[:200]
-                self._replace(worker)
-                while not self._idle.empty():  # a node may have been lost, and others with it
-                    self._welcome(self._idle.get_nowait())
-                continue
-            self._idle.put_nowait(worker)
-            try:
-                kept = list(keep(refs))
-                await kept[-1]
-                return kept
-            except RayError as error:
-                if not is_lost(error):
-                    raise
-                died = one_line(innermost(error))[:200]
-        raise WorkFailed(f"its process died {ATTEMPTS} times: {died}")
-
-    def _replace(self, worker: Any) -> None:
-        """Starts another, which gets work when it is there: the cluster may have no room for it before others end."""
-        ray.kill(worker)
-        self._welcome(self._new())
-
-    def _welcome(self, worker: Any) -> None:
-        """Takes a worker in when it answers, or another in its place."""
-
-        async def arrive() -> None:
-            one = worker
-            for _ in range(ATTEMPTS):
-                try:
-                    await one.__ray_ready__.remote()
-                except RayError:
-                    one = self._new()
-                    continue
-                break
-            self._idle.put_nowait(one)  # one that could not be started says why to whoever gives it work
-
-        task = asyncio.get_running_loop().create_task(arrive())
-        self._arriving.add(task)
-        task.add_done_callback(self._arriving.discard)
 
 
 class Workshop:

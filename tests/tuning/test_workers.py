@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from tuning.workshop import Workers, WorkFailed
+from tuning.workers import Workers, WorkFailed
 
 pytestmark = pytest.mark.ray
 
