@@ -17,15 +17,16 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from actors.board import BoardActor
-from actors.cluster import Layout, here
+from actors.cluster import here
+from actors.layout import Layout
 from actors.ledger import LedgerActor
+from actors.replica import deploy
+from actors.roles import AttackerActor, CollectorActor, TrainerActor
 from actors.stores import KeeperActor, LogFilesActor, ShelfActor
-from actors.victim import deploy
-from actors.workers import AttackerActor, CollectorActor, TrainerActor
-from simulator.config import RunConfig
-from simulator.rundir import RunDirectory
-from simulator.service import Precision
-from simulator.simulate import World
+from simulator.experiment.rundir import RunDirectory
+from simulator.experiment.world import World
+from simulator.plan.config import RunConfig
+from simulator.service.victim import Precision
 
 #: seconds that a first trainer may take to start before the others are started, too
 HEAD_START = 30.0

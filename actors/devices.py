@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from simulator.training import use_one_thread
+from simulator.training.predict import use_one_thread
 
 #: of a CPU, for an actor that computes on a GPU
 CPU_BESIDE_GPU = 0.1

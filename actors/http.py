@@ -1,8 +1,8 @@
 """The HTTP door: the prediction service as a web API, with bearer tokens and the same ledger.
 
-:class:`Door` is a plain class over :class:`~actors.victim.Victim` (checks, charges, answers); the routes only translate
-between it and HTTP, and :class:`HttpVictim` is the shell that Ray Serve deploys behind its HTTP proxy. The messages are
-those of :mod:`simulator.http_oracle`; every error is one :class:`~simulator.http_oracle.Problem`.
+:class:`Door` is a plain class over :class:`~actors.replica.Victim` (checks, charges, answers); the routes only
+translate between it and HTTP, and :class:`HttpVictim` is the shell that Ray Serve deploys behind its HTTP proxy. The
+messages are those of :mod:`simulator.service.http`; every error is one :class:`~simulator.service.http.Problem`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from starlette.exceptions import HTTPException
 
 from actors.devices import Placement
 from actors.http_body import PredictRequest, Refusal, body_of, images_from_json, images_from_npy
-from actors.victim import MAX_PER_ACCOUNT, Victim
+from actors.replica import MAX_PER_ACCOUNT, Victim
 from simulator import __version__
 from simulator.errors import InputError
-from simulator.http_oracle import NPY, AccountInfo, ModelInfo, Prediction, Problem
-from simulator.ledger import KeyReused, OverBudget, Refused, Terms, Unauthorised, hash_token
-from simulator.service import MalformedQuery, Query
+from simulator.service.http import NPY, AccountInfo, ModelInfo, Prediction, Problem
+from simulator.service.ledger import KeyReused, OverBudget, Refused, Terms, Unauthorised, hash_token
+from simulator.service.query import MalformedQuery, Query
 
 #: the ledger's keys are integers below this
 KEYS = 1 << 63

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from simulator.component import describe
-from simulator.http_oracle import Problem
+from simulator.service.http import Problem
 
 #: bytes of a request's body at most: a thousand colour images of 64 pixels as uint8
 MAX_BODY = 16 << 20

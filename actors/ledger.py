@@ -1,4 +1,4 @@
-"""The query account as a Ray actor: a thin shell around :class:`simulator.ledger.Ledger`.
+"""The query account as a Ray actor: a thin shell around :class:`simulator.service.ledger.Ledger`.
 
 The methods are ``async`` and never wait, so one runs at a time and no lock is needed. The actor may be killed at any
 moment: Ray starts it again, it replays its log, and the request is repeated, which the ledger answers without charging
@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import ray
 
-from simulator.ledger import Grant, Ledger, Refused, Request, Terms
+from simulator.service.ledger import Grant, Ledger, Refused, Request, Terms
 
 #: no accounts' attacks
 NOTHING: Mapping[str, str] = MappingProxyType({})

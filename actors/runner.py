@@ -26,18 +26,18 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayActorError
 
-from actors.cluster import Layout, nodes
 from actors.crew import Crew
 from actors.jobs import ATTEMPTS, Deployment, Failed, Job, Jobs
-from actors.pool import Pool
-from simulator.config import RunConfig
-from simulator.display import Display, Task
+from actors.layout import Layout, nodes
+from actors.workers import Pool
 from simulator.errors import RunFailed
-from simulator.ledger import Ledger
-from simulator.plan import OwnerModel, Plan, Scenario
-from simulator.results import Row
-from simulator.rundir import RunDirectory
-from simulator.simulate import World
+from simulator.experiment.display import Display, Task
+from simulator.experiment.rundir import RunDirectory
+from simulator.experiment.world import World
+from simulator.plan.config import RunConfig
+from simulator.plan.subjects import OwnerModel, Plan, Scenario
+from simulator.records.rows import Row
+from simulator.service.ledger import Ledger
 
 #: seconds between two looks at the board and the ledger
 REFRESH = 0.5

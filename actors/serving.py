@@ -32,16 +32,16 @@ from actors.devices import Placement
 from actors.http import HttpVictim
 from actors.http_body import MAX_BODY
 from actors.ledger import LedgerActor
+from actors.replica import MAX_ONGOING
 from actors.stores import ShelfActor
-from actors.victim import MAX_ONGOING
-from simulator.answers import check_labels, most_kept
 from simulator.errors import InputError
 from simulator.files import LOCK, Folder, locked, write_atomically
-from simulator.http_oracle import HttpClient, ModelInfo
-from simulator.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.models import load_model
 from simulator.models.classifier import ModelSpec
-from simulator.service import MAX_BATCH
+from simulator.service.answers import check_labels, most_kept
+from simulator.service.http import HttpClient, ModelInfo
+from simulator.service.ledger import Ledger, Terms, digest_of, hash_token
+from simulator.service.query import MAX_BATCH
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 #: what an earlier serve may have left, however it ended; "lock" was the lock's name once

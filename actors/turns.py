@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from simulator.ledger import Grant, Refused, Request
+from simulator.service.ledger import Grant, Refused, Request
 
 Item = TypeVar("Item")
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks import accounts, coupling, data_free, grid, memory, query_path, schemes, sweep_overhead
 from benchmarks.measure import Outcome, machine
 from simulator.component import one_of
-from simulator.training import use_one_thread
+from simulator.training.predict import use_one_thread
 
 #: :mod:`benchmarks.peers` is run by itself: it needs a peer installed
 BENCHMARKS: dict[str, Callable[[], Outcome]] = {

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 
 from actors.cluster import connected
 from actors.ledger import LedgerActor
-from actors.victim import MAX_PER_ACCOUNT, Busy, ServeTransport, direct
+from actors.replica import MAX_PER_ACCOUNT, Busy
+from actors.transport import ServeTransport, direct
 from benchmarks.measure import Line, Outcome, Spread, Target
 from benchmarks.query_path import TOKEN, VICTIM, cpu_seconds, served
-from simulator.ledger import Ledger, Request, Terms, hash_token
 from simulator.models import build, to_bytes
-from simulator.service import Query
-from simulator.training import use_one_thread
+from simulator.service.ledger import Ledger, Request, Terms, hash_token
+from simulator.service.query import Query
+from simulator.training.predict import use_one_thread
 
 ACCOUNTS = 500
 PROCESSES = 4

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from simulator.data import DataConfig, load
+from simulator.data.dataset import DataConfig, load
 
 
 class Door:

@@ -34,11 +34,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.measure import machine
-from simulator.config import RunConfig, check_config
 from simulator.errors import InputError
-from simulator.ledger import Ledger
-from simulator.local import run_config
-from simulator.results import Row, read_rows
+from simulator.experiment.local import run_config
+from simulator.plan.config import RunConfig, check_config
+from simulator.records.rows import Row, read_rows
+from simulator.service.ledger import Ledger
 
 #: process titles that Ray gives, and what we call them
 KINDS = {

@@ -33,16 +33,17 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError
 from rich.console import Console
 
-from actors.cluster import connected, lay_out
+from actors.cluster import connected
+from actors.layout import lay_out
 from actors.runner import RayRun
-from simulator.config import RunConfig, check_config
-from simulator.display import Display
-from simulator.ledger import Ledger
-from simulator.local import run_config
-from simulator.plan import OwnerModel, Scenario
-from simulator.preflight import prepare
-from simulator.results import Row
-from simulator.rundir import RunDirectory
+from simulator.experiment.display import Display
+from simulator.experiment.local import run_config
+from simulator.experiment.preflight import prepare
+from simulator.experiment.rundir import RunDirectory
+from simulator.plan.config import RunConfig, check_config
+from simulator.plan.subjects import OwnerModel, Scenario
+from simulator.records.rows import Row
+from simulator.service.ledger import Ledger
 
 #: what differs between equal runs
 TIMES = {"seconds", "started", "finished"}

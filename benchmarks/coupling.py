@@ -1,7 +1,7 @@
 """What the coupling loss adds to a training step: DeepTracer with it and without it, and training with no watermark.
 
-Whole steps of :func:`simulator.training.fit` are timed (draw the mosaics, forward, loss, backward, Adam), in turns of a
-few dozen, all sides in every round. Training is one thread, and its CPU time is taken, so that other work on the
+Whole steps of :func:`~simulator.training.fit.fit` are timed (draw the mosaics, forward, loss, backward, Adam), in turns
+of a few dozen, all sides in every round. Training is one thread, and its CPU time is taken, so that other work on the
 machine counts as little as can be.
 """
 
@@ -13,12 +13,14 @@ from typing import get_args
 import torch
 
 from benchmarks.measure import Line, Outcome, Spread, Target
-from simulator.data import Images
+from simulator.data.dataset import Images
 from simulator.models import Classifier, build
-from simulator.training import Objective, Recipe, fit, use_one_thread
-from simulator.watermarks.coupling import CentroidRule, Centroids
+from simulator.training.fit import fit
+from simulator.training.predict import use_one_thread
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.deeptracer import DeepTracer
-from simulator.watermarks.mosaic import Mosaics
+from simulator.watermarks.parts.coupling import CentroidRule, Centroids
+from simulator.watermarks.parts.mosaic import Mosaics
 
 #: of a step with the coupling loss against one of the same watermark without it
 TARGET = Target("at most", 1.15)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import time
 
-from actors.victim import ServeTransport
+from actors.transport import ServeTransport
 from benchmarks.measure import Line, Outcome, Spread, Target
 from benchmarks.query_path import CLASSES, SHAPE, TOKEN, served
 from simulator.attacks.base import ATTACKS
+from simulator.data.patches import patches
+from simulator.data.pool import Pool
 from simulator.models import build, from_bytes, to_bytes
-from simulator.oracle import ModelOracle, Oracle, ServiceOracle
-from simulator.pools import Pool, patches
 from simulator.seeding import generator_for
+from simulator.service.oracle import ModelOracle, Oracle, ServiceOracle
 
 #: of the wall time through the service to that in process
 TARGET = Target("at most", 1.5)

@@ -35,7 +35,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from benchmarks import fuzz_configs, fuzz_queries
 from benchmarks.fuzz_queries import Book, Case, Tally, audit, draw, judge, terms
 from simulator.models import save_model
-from simulator.training import use_one_thread
+from simulator.training.predict import use_one_thread
 
 #: cases in an episode
 QUERIES, CONFIGS, DEPLOYED = 50, 25, 100
@@ -69,8 +69,9 @@ def deployed(dice: Random, cases: int) -> Tally:
     from actors.cluster import connected
     from actors.devices import Placement
     from actors.ledger import LedgerActor
+    from actors.replica import deploy
     from actors.stores import ShelfActor
-    from actors.victim import deploy, direct
+    from actors.transport import direct
 
     tally, book, model, name = Tally(), Book(), fuzz_queries.victim(), "exsim-fuzz"
     with tempfile.TemporaryDirectory(prefix="exsim-fuzz-") as folder, connected(None, Path(folder), cpus=4):

@@ -20,10 +20,10 @@ import yaml
 
 from benchmarks.fuzz_queries import Tally
 from simulator.cli import main as exsim
-from simulator.config import RunConfig, check_config, read_config
 from simulator.errors import InputError
-from simulator.plan import make_plan
-from simulator.settings_file import presets
+from simulator.plan.config import RunConfig, check_config, read_config
+from simulator.plan.settings_file import presets
+from simulator.plan.subjects import make_plan
 
 #: scenarios, seeds or victims above which a plan would take the fuzzer's time
 LARGE = 200

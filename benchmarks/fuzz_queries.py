@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simulator.answers import answer_policy
 from simulator.errors import InputError
-from simulator.ledger import KeyReused, Ledger, OverBudget, Terms, Unauthorised, digest_of, hash_token
 from simulator.models import Classifier, build
 from simulator.seeding import generator_for
-from simulator.service import MAX_BATCH, LocalTransport, MalformedQuery, Query, VictimService
-from simulator.training import predict
+from simulator.service.answers import answer_policy
+from simulator.service.ledger import KeyReused, Ledger, OverBudget, Terms, Unauthorised, digest_of, hash_token
+from simulator.service.local import LocalTransport
+from simulator.service.query import MAX_BATCH, MalformedQuery, Query
+from simulator.service.victim import VictimService
+from simulator.training.predict import predict
 
 #: of the victim's images
 CHANNELS, SIZE, CLASSES = 1, 8, 3

@@ -22,12 +22,12 @@ from typing import Any
 import ray
 import torch
 
-from actors.victim import ServeTransport
+from actors.transport import ServeTransport
 from benchmarks.measure import Line, Outcome, Spread, Target
 from benchmarks.query_path import CLASSES, SHAPE, TOKEN, Limit, Rate, cpu_seconds, images, replica_of, served
 from simulator.models import build, to_bytes
-from simulator.oracle import CHUNK, ServiceOracle
-from simulator.training import use_one_thread
+from simulator.service.oracle import CHUNK, ServiceOracle
+from simulator.training.predict import use_one_thread
 
 ATTACKERS, BATCHES = (1, 8, 64), (1, 16, 64, 256, 1024)
 TARGETS = {(8, 256): Target("at least", 0.9), (8, 64): Target("at least", 0.5)}

@@ -20,11 +20,11 @@ import torch
 
 from actors.cluster import connected
 from benchmarks.measure import Line, Outcome, Spread, Target
-from simulator.data import Dataset, Images
-from simulator.pools import PoolSpec
+from simulator.data.dataset import Dataset, Images
+from simulator.data.pool import PoolSpec
+from simulator.experiment.world import World
 from simulator.seeding import generator_for
-from simulator.simulate import World
-from simulator.training import use_one_thread
+from simulator.training.predict import use_one_thread
 
 Way = Literal["shared", "copied"]
 ATTACKERS = (1, 16)

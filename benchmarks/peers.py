@@ -25,16 +25,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from simulator.analysis.agreement import accuracy
 from simulator.attacks.knockoff import Knockoff
 from simulator.checkpoint import NO_CHECKPOINT
-from simulator.data import DataConfig, Dataset, load
+from simulator.data.dataset import DataConfig, Dataset, load
+from simulator.data.pool import Pool
 from simulator.errors import InputError
-from simulator.metrics import accuracy
 from simulator.models import build
-from simulator.oracle import ModelOracle
-from simulator.pools import Pool
 from simulator.progress import silent
-from simulator.training import Recipe, fit, predict_labels, use_one_thread
+from simulator.service.oracle import ModelOracle
+from simulator.training.fit import fit
+from simulator.training.predict import predict_labels, use_one_thread
+from simulator.training.recipe import Recipe
 
 #: of the peer's seconds an answer to ours, for the adaptive strategy
 TARGET = 20.0

@@ -28,14 +28,16 @@ from ray import serve
 from actors.cluster import connected
 from actors.devices import Placement
 from actors.ledger import LedgerActor
+from actors.replica import deploy
 from actors.stores import ShelfActor
-from actors.victim import ServeTransport, deploy
+from actors.transport import ServeTransport
 from benchmarks.measure import Line, Outcome, Spread, Target
-from simulator.ledger import Terms, hash_token
 from simulator.models import build, from_bytes, to_bytes
-from simulator.oracle import CHUNK
-from simulator.service import Query, VictimService
-from simulator.training import use_one_thread
+from simulator.service.ledger import Terms, hash_token
+from simulator.service.oracle import CHUNK
+from simulator.service.query import Query
+from simulator.service.victim import VictimService
+from simulator.training.predict import use_one_thread
 
 #: of the whole query path against the in-process limit
 TARGETS = {CHUNK: Target("at least", 0.9), 64: Target("at least", 0.5)}
@@ -126,7 +128,7 @@ def run(rounds: int = 5, clients: int = 8, batches: int = 40, limit_batches: int
         rounds: how often.
         clients: attackers at once.
         batches: that each attacker asks in a round.
-        batch: images in each; the limit is always measured with batches of :data:`~simulator.oracle.CHUNK`.
+        batch: images in each; the limit is always measured with batches of :data:`~simulator.service.oracle.CHUNK`.
         limit_batches: that the in-process limit answers before and after each round.
     """
     model = to_bytes(build("naivenet", channels=SHAPE[0], size=SHAPE[1], classes=CLASSES).eval())

@@ -37,26 +37,29 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.cluster import Layout, connected
+from actors.cluster import connected
 from actors.devices import Placement
-from actors.pool import Pool
+from actors.layout import Layout
 from actors.runner import RayRun
-from actors.victim import PACK, direct
+from actors.transport import PACK, direct
+from actors.workers import Pool
 from benchmarks.measure import machine
-from simulator.config import RunConfig, check_config
 from simulator.detectors.base import Detector
-from simulator.display import Display
 from simulator.errors import InputError
-from simulator.ledger import Ledger
+from simulator.experiment.display import Display
+from simulator.experiment.owner import TrainedOwner
+from simulator.experiment.preflight import prepare
+from simulator.experiment.rundir import RunDirectory
+from simulator.experiment.theft import Theft
+from simulator.experiment.world import World
 from simulator.models import build
-from simulator.oracle import CHUNK
-from simulator.plan import OwnerModel, Scenario
-from simulator.preflight import prepare
-from simulator.rundir import RunDirectory
-from simulator.service import Query
-from simulator.simulate import Theft, TrainedOwner, World
-from simulator.training import use_one_thread
-from simulator.watermarks.key import KeySamples
+from simulator.ownership.key import KeySamples
+from simulator.plan.config import RunConfig, check_config
+from simulator.plan.subjects import OwnerModel, Scenario
+from simulator.service.ledger import Ledger
+from simulator.service.oracle import CHUNK
+from simulator.service.query import Query
+from simulator.training.predict import use_one_thread
 
 #: attackers in one process
 EACH = 250
@@ -98,7 +101,7 @@ class Trainers(Host):
         self._world = world
 
     def train(self, spec: OwnerModel, benign: bytes | None) -> tuple[TrainedOwner, float]:
-        """As :meth:`actors.workers.Trainer.train`."""
+        """As :meth:`actors.roles.Trainer.train`."""
         data, generator = self._world.dataset, torch.Generator().manual_seed(0)
         model = build(spec.architecture, channels=data.channels, size=data.size, classes=data.classes).eval()
         key = None
@@ -128,9 +131,9 @@ class Attackers(Host):
         record: bool,
         detectors: Sequence[Detector] = (),
     ) -> tuple[Theft, int]:
-        """As :meth:`actors.workers.Attacker.run`: spends the budget, a step's time between two messages.
+        """As :meth:`actors.roles.Attacker.run`: spends the budget, a step's time between two messages.
 
-        The messages are those of :class:`actors.victim.ServeTransport`, which would need a thread for each attacker:
+        The messages are those of :class:`actors.transport.ServeTransport`, which would need a thread for each attacker:
         hundreds of threads in a process spend their time on Python's lock.
         """
         if self._handle is None:

@@ -16,13 +16,15 @@ import torch
 from rich.console import Console
 
 from benchmarks.measure import Line, Outcome, Spread, machine
-from simulator.config import read_config
+from simulator.experiment.owner import build_owner_model
+from simulator.experiment.preflight import prepare
+from simulator.experiment.world import World
 from simulator.models import Classifier
-from simulator.plan import OwnerModel
-from simulator.preflight import prepare
+from simulator.plan.config import read_config
+from simulator.plan.subjects import OwnerModel
 from simulator.seeding import generator_for
-from simulator.simulate import World, build_owner_model
-from simulator.training import fit, use_one_thread
+from simulator.training.fit import fit
+from simulator.training.predict import use_one_thread
 from simulator.watermarks.base import OwnerTask
 
 PLAIN = "no watermark"

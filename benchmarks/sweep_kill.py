@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import chaos
 from benchmarks.measure import machine
-from simulator.results import Row, read_rows
+from simulator.records.rows import Row, read_rows
 from tuning.records import read_trials
 
 #: what differs between equal trials

@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Line, Outcome, Spread, Target, machine
-from simulator.config import read_config
 from simulator.errors import InputError
-from simulator.preflight import prepare
+from simulator.experiment.preflight import prepare
+from simulator.plan.config import read_config
 
 TARGET = Target("at most", 1.25)
 DEFAULT, FALLBACK = "fashion-mnist-quick", "digits"
@@ -49,7 +49,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 #: ``exsim`` whose plain loop leaves the number of threads to torch
 WITH_ALL_THREADS = (
-    "import sys, simulator.local; simulator.local.use_one_thread = lambda: None; "
+    "import sys, simulator.experiment.local; simulator.experiment.local.use_one_thread = lambda: None; "
     "from simulator.cli import main; sys.exit(main())"
 )
 ACTOR = "ray::"

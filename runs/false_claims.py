@@ -16,14 +16,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulator.config import read_config
 from simulator.errors import InputError
 from simulator.models import load_model
-from simulator.page import NONE, Column, markdown_table
-from simulator.results import Row, RunInfo, read_rows, read_run_info
-from simulator.summary import Labels, lines, stat
-from simulator.verification import DOUBTFUL, Verdict, Verification, chance_verdict, verify
-from simulator.watermarks.key import load_key
+from simulator.ownership.key import load_key
+from simulator.ownership.wsr import DOUBTFUL, Verdict, Verification, chance_verdict, verify
+from simulator.plan.config import read_config
+from simulator.records.provenance import RunInfo, read_run_info
+from simulator.records.rows import Row, read_rows
+from simulator.report.lines import Labels, lines, stat
+from simulator.report.page import NONE, Column, markdown_table
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ set -euo pipefail
 import json, shlex, sys
 from pathlib import Path
 import duckdb, yaml
-from simulator.verification import wilson_interval
+from simulator.ownership.wsr import wilson_interval
 name, runs = sys.argv[1], [Path(each) for each in sys.argv[2:]]
 QUERY = """
 WITH clients AS (

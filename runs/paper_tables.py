@@ -19,10 +19,11 @@ from typing import Any
 
 from simulator.errors import InputError
 from simulator.models import load_model
-from simulator.results import Row, read_rows, read_run_info
-from simulator.summary import Labels, is_control, lines, stat
-from simulator.verification import Verification, verify
-from simulator.watermarks.key import load_key
+from simulator.ownership.key import load_key
+from simulator.ownership.wsr import Verification, verify
+from simulator.records.provenance import read_run_info
+from simulator.records.rows import Row, read_rows
+from simulator.report.lines import Labels, is_control, lines, stat
 
 NONE = "–"
 #: what stands in a heading only where the rows of an attack differ in it

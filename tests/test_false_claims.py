@@ -9,10 +9,10 @@ import pytest
 
 from runs.false_claims import COLUMNS, Claim, main, measure, schemes
 from simulator.models import load_model
-from simulator.results import read_rows, write_row
-from simulator.training import predict_labels
-from simulator.verification import Verification, chance_verdict, verdict
-from simulator.watermarks.key import KeySamples, load_key, save_key
+from simulator.ownership.key import KeySamples, load_key, save_key
+from simulator.ownership.wsr import Verification, chance_verdict, verdict
+from simulator.records.rows import read_rows, write_row
+from simulator.training.predict import predict_labels
 
 
 def claim(scheme: str, seed: int, other: int, hits: int, samples: int, before: float | None = 0.5) -> Claim:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz, fuzz_configs, fuzz_queries
 from benchmarks.fuzz_queries import Book, Tally, draw
-from simulator.ledger import Grant, Ledger, Unauthorised
-from simulator.service import Query, VictimService
+from simulator.service.ledger import Grant, Ledger, Unauthorised
+from simulator.service.query import Query
+from simulator.service.victim import VictimService
 
 REFUSALS = {"MalformedQuery", "Unauthorised", "KeyReused", "OverBudget"}
 DICE = st.randoms(use_true_random=True, note_method_calls=False)

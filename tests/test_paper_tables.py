@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from runs.paper_tables import TABLE_1, TABLE_2, Measured, Tables, main, measure, paper_stolen, spread
-from simulator.results import Row, read_rows
+from simulator.ownership.key import KeySamples, load_key, save_key
+from simulator.records.rows import Row, read_rows
 from simulator.watermarks.base import WATERMARKS
-from simulator.watermarks.key import KeySamples, load_key, save_key
 
 STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from simulator.cli import exsim
-from simulator.settings_file import presets
+from simulator.plan.settings_file import presets
 
 ROOT = Path(__file__).parents[1]
 Manifest = dict[str, Any]

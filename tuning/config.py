@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from simulator.component import Settings, describe
-from simulator.config import RunConfig, ScenarioConfig, Seed, check_config
 from simulator.errors import InputError
-from simulator.settings_file import apply_override, dump_yaml, read_settings, set_path
+from simulator.plan.config import RunConfig, ScenarioConfig, Seed, check_config
+from simulator.plan.settings_file import apply_override, dump_yaml, read_settings, set_path
 from tuning.objective import Objective
 from tuning.space import Axis, default_setting, grid
 

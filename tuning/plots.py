@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from simulator.plots import COLOURS, GRID, INK, MARKERS, STYLE, svg_of
+from simulator.report.plots import COLOURS, GRID, INK, MARKERS, STYLE, svg_of
 from tuning.importance import Importance
 from tuning.records import TrialRecord
 from tuning.space import Axis, Setting

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from simulator.component import Settings, describe
 from simulator.errors import InputError
-from simulator.results import replace_file
+from simulator.records.parquet import replace_file
 from tuning.objective import Measured
 from tuning.space import Setting
 

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from simulator.component import describe
 from simulator.errors import InputError
-from simulator.page import NONE, Column, markdown_table, write_page
-from simulator.results import RunInfo, read_run_info
+from simulator.records.provenance import RunInfo, read_run_info
+from simulator.report.page import NONE, Column, markdown_table, write_page
 from tuning.config import SweepConfig, read_sweep
 from tuning.importance import importances
 from tuning.recommend import Candidate, Figures, Recommendation, ranked

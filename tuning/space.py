@@ -19,11 +19,11 @@ from ray import tune
 from ray.tune.search.sample import Domain
 
 from simulator.component import Settings, one_of
-from simulator.config import RunConfig, check_config
 from simulator.errors import InputError
-from simulator.plan import short_hash
+from simulator.plan.config import RunConfig, check_config
+from simulator.plan.settings_file import set_path
+from simulator.plan.subjects import short_hash
 from simulator.seeding import seed_of
-from simulator.settings_file import set_path
 
 #: values of searched fields by dotted path, of JSON's types
 Setting = dict[str, Any]

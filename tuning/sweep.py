@@ -17,16 +17,17 @@ import ray
 from ray import tune
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.cluster import Layout, here
+from actors.cluster import here
 from actors.crew import Crew
-from simulator.config import check_config
-from simulator.display import Display
+from actors.layout import Layout
 from simulator.errors import InputError, RunFailed, one_line
+from simulator.experiment.display import Display
+from simulator.experiment.preflight import architectures_fit, labels_fit, load_world, pools_fit, prepare, watermarks_fit
+from simulator.experiment.rundir import RunDirectory
+from simulator.experiment.world import World
 from simulator.files import write_atomically
-from simulator.plan import make_plan
-from simulator.preflight import architectures_fit, labels_fit, load_world, pools_fit, prepare, watermarks_fit
-from simulator.rundir import RunDirectory
-from simulator.simulate import World
+from simulator.plan.config import check_config
+from simulator.plan.subjects import make_plan
 from tuning.config import SweepConfig, read_sweep
 from tuning.halving import Halving
 from tuning.loggers import callbacks

@@ -20,12 +20,12 @@ import ray
 from ray import ObjectRef
 
 from actors.crew import Crew
-from simulator.config import RunConfig
-from simulator.display import Task
+from simulator.experiment.display import Task
+from simulator.experiment.rundir import RunDirectory
 from simulator.files import Folder
-from simulator.plan import OwnerModel, Plan, Scenario, make_plan
-from simulator.results import Row
-from simulator.rundir import RunDirectory
+from simulator.plan.config import RunConfig
+from simulator.plan.subjects import OwnerModel, Plan, Scenario, make_plan
+from simulator.records.rows import Row
 from tuning.config import SweepConfig
 from tuning.objective import Measured, Stolen
 from tuning.space import Setting, applied, setting_id

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
 from simulator.checkpoint import Checkpoint, pack, unpack
-from simulator.oracle import Oracle
-from simulator.pools import Pool
+from simulator.data.pool import Pool
 from simulator.progress import Progress
 from simulator.seeding import choose
-from simulator.training import Recipe, device_of, fit, predict
+from simulator.service.oracle import Oracle
+from simulator.training.fit import fit
+from simulator.training.predict import device_of, predict
+from simulator.training.recipe import Recipe
 
 #: rows of one distance matrix; bounds the memory of k-center, not its result
 ROWS = 4096

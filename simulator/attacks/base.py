@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint
 from simulator.component import Component, Registry
-from simulator.oracle import Oracle
-from simulator.pools import Pool
+from simulator.data.pool import Pool
 from simulator.progress import Progress, silent
-from simulator.training import Recipe, fit
+from simulator.service.oracle import Oracle
+from simulator.training.fit import fit
+from simulator.training.recipe import Recipe
 
 
 class Snapshots(Protocol):
@@ -45,7 +46,7 @@ class Attack(Component):
     """A model-stealing attack: its paper's hyper-parameters as fields, and :meth:`extract`.
 
     ``query_noise`` is one of the attack variations of DeepTracer's Table 13 (b); the others are settings of the
-    :class:`~simulator.training.Recipe` that every attack trains with, and of the scenario.
+    :class:`~simulator.training.recipe.Recipe` that every attack trains with, and of the scenario.
     """
 
     #: whether the attack makes its own queries and leaves the pool alone

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from simulator.answers import gives_labels
-from simulator.attacks.data_free import DataFreeAttack, Theft, descend, logit_distance
-from simulator.attacks.generator import to_images
-from simulator.training import Recipe, predict_logits, to_input
+from simulator.attacks.parts.data_free import DataFreeAttack, Theft, descend, logit_distance
+from simulator.attacks.parts.generator import to_images
+from simulator.service.answers import gives_labels
+from simulator.training.predict import predict_logits, to_input
+from simulator.training.recipe import Recipe
 
 
 def unit_directions(count: int, directions: int, dimension: int, generator: torch.Generator) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from simulator.attacks.data_free import TINY, DataFreeAttack, Theft, descend, logit_distance
-from simulator.attacks.generator import to_images
-from simulator.training import Recipe, to_input
+from simulator.attacks.parts.data_free import TINY, DataFreeAttack, Theft, descend, logit_distance
+from simulator.attacks.parts.generator import to_images
+from simulator.training.predict import to_input
+from simulator.training.recipe import Recipe
 
 
 def disagreement(first: Tensor, second: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
 from simulator.checkpoint import Checkpoint
-from simulator.oracle import Oracle
-from simulator.pools import Pool
+from simulator.data.pool import Pool
 from simulator.progress import Progress
 from simulator.seeding import choose
-from simulator.training import fit
+from simulator.service.oracle import Oracle
+from simulator.training.fit import fit
 
 #: the least probability that an answer is read as; float32 softmax underflows to zero
 TINY = 1e-8

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
 from simulator.checkpoint import Checkpoint, pack, unpack
-from simulator.oracle import Oracle
-from simulator.pools import Pool
+from simulator.data.pool import Pool
 from simulator.progress import Progress
 from simulator.seeding import choose
-from simulator.training import PREDICT_BATCH, Recipe, device_of, fit, to_input
+from simulator.service.oracle import Oracle
+from simulator.training.fit import fit
+from simulator.training.predict import PREDICT_BATCH, device_of, to_input
+from simulator.training.recipe import Recipe
 
 
 class JBDA(TransferSetAttack):

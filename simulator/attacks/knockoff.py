@@ -3,7 +3,7 @@
 The attacker sends natural images of its own to the victim and trains a model on the answers, by cross-entropy against
 the answered probabilities (or the one-hot label): ``L = -Σ_k p_k log q_k``. Which images it sends is its *strategy*:
 a random choice of the pool, or one that learns from the answers which classes of the pool are worth their price
-(:mod:`simulator.attacks.bandit`).
+(:mod:`simulator.attacks.parts.bandit`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.attacks.bandit import MEASURES, Arms, Policy, Rewards, pack_bandit, unpack_bandit
 from simulator.attacks.base import TransferSetAttack
+from simulator.attacks.parts.bandit import MEASURES, Arms, Policy, Rewards, pack_bandit, unpack_bandit
 from simulator.checkpoint import Checkpoint, pack, unpack
-from simulator.oracle import Oracle
-from simulator.pools import Pool
+from simulator.data.pool import Pool
 from simulator.progress import Progress
 from simulator.seeding import choose, global_randomness
-from simulator.training import Recipe, device_of, predict_logits, recipe_objective, to_input
+from simulator.service.oracle import Oracle
+from simulator.training.predict import device_of, predict_logits, to_input
+from simulator.training.recipe import Recipe, recipe_objective
 
 #: images augmented at a time
 PART = 4096

@@ -15,9 +15,9 @@ from simulator.cli import terminal
 from simulator.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
-    from simulator.config import RunConfig
-    from simulator.sequential import SequentialVerdict
-    from simulator.verification import Verdict
+    from simulator.ownership.sequential import SequentialVerdict
+    from simulator.ownership.wsr import Verdict
+    from simulator.plan.config import RunConfig
 
 
 class _Place(click.Path):
@@ -82,7 +82,7 @@ def run(
 ) -> int:
     """Run CONFIG: a preset's name (see: exsim list presets) or a YAML file."""
     from simulator.cli.running import Place, run_again, run_new
-    from simulator.remote import mirrored
+    from simulator.experiment.remote import mirrored
 
     terminal.quiet_ray()
     place = Place(local, address, wait)
@@ -117,7 +117,7 @@ def sweep(
 ) -> int:
     """Search which settings let the watermark survive theft; CONFIG: a sweep preset's name or a YAML file."""
     terminal.quiet_ray()
-    from tuning.command import run_sweep
+    from simulator.cli.sweeping import run_sweep
 
     given = [name for name in ("config", "out") if context.get_parameter_source(name) is not _DEFAULT]
     if resume is not None and (given or overrides):
@@ -148,8 +148,8 @@ def report(run_dir: Path) -> int:
         print_sweep(run_dir, terminal.console())
         terminal.console().print(f"report: {terminal.shown(page)}", soft_wrap=True)
         return 0
-    from simulator.report import render_table, was_filtered, write_report
-    from simulator.results import read_rows
+    from simulator.records.rows import read_rows
+    from simulator.report.table import render_table, was_filtered, write_report
 
     console = terminal.console()
     rows = read_rows(run_dir)
@@ -182,7 +182,7 @@ def verify(
     """
     if (model is None) == (url is None):
         raise InputError("verify takes a MODEL or --url URL, one of them")
-    from simulator.suspect import verify_file, verify_url
+    from simulator.ownership.suspect import verify_file, verify_url
 
     found: Verdict | SequentialVerdict
     if url is not None:
@@ -232,7 +232,7 @@ def list_(what: str) -> int:
 
 
 def _read(config: str, overrides: tuple[str, ...]) -> RunConfig:
-    from simulator.config import read_config
+    from simulator.plan.config import read_config
 
     return read_config(config, overrides)
 

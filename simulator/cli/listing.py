@@ -19,10 +19,10 @@ def show_list(what: str) -> int:
     """
     from simulator.attacks.base import ATTACKS
     from simulator.component import one_of
-    from simulator.data import describe_datasets
+    from simulator.data.dataset import describe_datasets
     from simulator.detectors.base import DETECTORS
     from simulator.models import describe_models
-    from simulator.settings_file import presets
+    from simulator.plan.settings_file import presets
     from simulator.watermarks.base import WATERMARKS
 
     families: dict[str, Callable[[], list[tuple[str, str]]]] = {

@@ -14,8 +14,8 @@ from simulator.cli import terminal
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from simulator.config import RunConfig
-    from simulator.plan import Plan
+    from simulator.plan.config import RunConfig
+    from simulator.plan.subjects import Plan
 
 
 def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
@@ -24,8 +24,8 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
     Raises:
         InputError: what a run would be refused for, or no cluster is at the address.
     """
-    from simulator.plan import make_plan
-    from simulator.preflight import look_at
+    from simulator.experiment.preflight import look_at
+    from simulator.plan.subjects import make_plan
 
     plan = make_plan(config)
     foreign, absent = look_at(config, data)
@@ -69,14 +69,15 @@ def _table(config: RunConfig, plan: Plan) -> Table:
 def _estimate(
     config: RunConfig, plan: Plan, data: Path | None, address: str | None, foreign: Mapping[str, int]
 ) -> list[str]:
-    """What a plan costs, by :mod:`simulator.estimate`, and how much of it runs at once on a cluster, or on this
+    """What a plan costs, by :mod:`simulator.plan.estimate`, and how much of it runs at once on a cluster, or on this
     machine."""
-    from simulator.data import outline
-    from simulator.estimate import architectures, calibrate, estimate, span
-    from simulator.training import use_one_thread
+    from simulator.data.dataset import outline
+    from simulator.plan.estimate import architectures, calibrate, estimate, span
+    from simulator.training.predict import use_one_thread
 
     terminal.quiet_ray()
-    from actors.cluster import connected, lay_out, nodes, this_machine
+    from actors.cluster import connected
+    from actors.layout import lay_out, nodes, this_machine
 
     there = this_machine()
     if address:

@@ -17,11 +17,11 @@ from simulator.errors import InputError, RunFailed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from simulator.config import RunConfig
-    from simulator.display import Display
-    from simulator.plan import Plan
-    from simulator.rundir import RunDirectory
-    from simulator.simulate import World
+    from simulator.experiment.display import Display
+    from simulator.experiment.rundir import RunDirectory
+    from simulator.experiment.world import World
+    from simulator.plan.config import RunConfig
+    from simulator.plan.subjects import Plan
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run_new(config: RunConfig, data: Path | None, out: Path | None, place: Place
     Raises:
         InputError: bad input, in one line; then there is no directory, unless something was trained or measured before.
     """
-    from simulator.rundir import RunDirectory
+    from simulator.experiment.rundir import RunDirectory
 
     directory = RunDirectory.create(config, out)
     with directory.held():
@@ -57,7 +57,7 @@ def run_again(earlier: Path, data: Path | None, place: Place) -> int:
     Raises:
         InputError: bad input, in one line; the directory stays as it is.
     """
-    from simulator.rundir import RunDirectory
+    from simulator.experiment.rundir import RunDirectory
 
     directory, config = RunDirectory.resume(earlier)
     with directory.held():
@@ -82,7 +82,7 @@ def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place
     if state == "interrupted":
         console.print(f"interrupted; {len(rows)} rows are kept. Go on with: exsim run --resume {shown}", soft_wrap=True)
         return terminal.INTERRUPTED
-    from simulator.report import render_table, was_filtered, write_report
+    from simulator.report.table import render_table, was_filtered, write_report
 
     console.print(render_table(rows, width=console.width, filtered=was_filtered(directory.path)))
     page = write_report(directory.path)
@@ -94,7 +94,7 @@ def _in_this_process(directory: RunDirectory, config: RunConfig, data: Path | No
     """The run step by step; returns how it ended."""
     import torch
 
-    from simulator.local import LocalRun
+    from simulator.experiment.local import LocalRun
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda demands a GPU and torch finds none here; allowed: auto, cpu")
@@ -107,7 +107,8 @@ def _in_this_process(directory: RunDirectory, config: RunConfig, data: Path | No
 
 def _on_ray(directory: RunDirectory, config: RunConfig, data: Path | None, place: Place, console: Console) -> str:
     """The run on a cluster; returns how it ended."""
-    from actors.cluster import connected, grow, lay_out
+    from actors.cluster import connected
+    from actors.layout import grow, lay_out
     from actors.runner import (
         RayRun,
     )  # imports Serve, which then sends its log lines to the terminal: `connected` ends that
@@ -130,7 +131,7 @@ def _on_ray(directory: RunDirectory, config: RunConfig, data: Path | None, place
 
 
 def _prepare(config: RunConfig, data: Path | None) -> tuple[Plan, World]:
-    from simulator.preflight import prepare
+    from simulator.experiment.preflight import prepare
 
     return prepare(config, data)
 
@@ -149,8 +150,8 @@ def _recorded(
     directory: RunDirectory, config: RunConfig, plan: Plan, mode: Literal["ray", "local"], console: Console
 ) -> Iterator[_Record]:
     """Shows a run and keeps its ``run.json`` true, however the block ends."""
-    from simulator.display import Display
-    from simulator.results import collect_provenance, write_run_info
+    from simulator.experiment.display import Display
+    from simulator.records.provenance import collect_provenance, write_run_info
 
     info = collect_provenance(sys.argv, name=config.name, mode=mode, seeds=config.seeds, config_yaml=config.to_yaml())
     write_run_info(directory.path, info)

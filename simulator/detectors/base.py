@@ -4,9 +4,9 @@ A detector detects and does nothing else: no query is refused because of it, so 
 both what it stole and when it would have been noticed.
 
 It sees what the service sees: each account's images in the order in which the account asks them (its keys count that
-order), and the labels answered. It is run beside the account's client (:class:`simulator.oracle.ServiceOracle`), not in
-the replicas: several replicas that answer one account, or one that is killed, would each see some of its queries, in
-an order that depends on scheduling.
+order), and the labels answered. It is run beside the account's client
+(:class:`simulator.service.oracle.ServiceOracle`), not in the replicas: several replicas that answer one account, or one
+that is killed, would each see some of its queries, in an order that depends on scheduling.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from simulator.data import Dataset
+from simulator.data.dataset import Dataset
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
-from simulator.training import Recipe
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
-from simulator.watermarks.key import KeySamples
-from simulator.watermarks.trigger_set import train_with_triggers
+from simulator.watermarks.parts.trigger_set import train_with_triggers
 
 #: waves in a picture
 WAVES = 4

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint
 from simulator.component import Component, Registry
-from simulator.data import Dataset
+from simulator.data.dataset import Dataset
 from simulator.models import Classifier
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
-from simulator.training import Recipe
-from simulator.watermarks.key import KeySamples
+from simulator.training.recipe import Recipe
 
 
 class PhaseListener(Protocol):
@@ -39,7 +39,7 @@ class OwnerTask:
         training: the recipe of the benign model. A scheme keeps to it, but for what its paper changes.
         benign: the same task without a watermark.
         build: a fresh, untrained model of the victim's architecture on the right device.
-        checkpoint: where long training keeps its state; hand it to :func:`simulator.training.fit`.
+        checkpoint: where long training keeps its state; hand it to :func:`simulator.training.fit.fit`.
         on_phase: told at the end of every phase that :meth:`Watermark.phases` names.
     """
 

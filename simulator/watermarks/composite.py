@@ -25,13 +25,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.progress import Progress, silent
 from simulator.seeding import choose
-from simulator.training import Objective, fit, to_input
+from simulator.training.fit import fit
+from simulator.training.predict import to_input
+from simulator.training.recipe import Objective
 from simulator.watermarks.base import Embedding, OwnerTask
-from simulator.watermarks.trigger_set import SAMPLE, OneTarget, all_of, check_label, labelled, trigger_count
+from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, labelled, trigger_count
 
 Seam = Literal["random", "upright", "level"]
 

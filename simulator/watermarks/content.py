@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from torch import Tensor
 
-from simulator.watermarks.trigger_set import Stamp, Stamped
+from simulator.watermarks.parts.trigger_set import Stamp, Stamped
 
 
 class Content(Stamped):

@@ -5,8 +5,8 @@ that a thief who learns the task has to learn the mosaics' features too. The los
 
     L = L_pri + λ1 · L_wm + λ2 · (λ3 · L_intra + λ4 · L_inter)
 
-with the coupling loss of :mod:`simulator.watermarks.coupling`. Training has two phases, with watermark samples for 1 %
-and then 10 % of the training data (here of every batch, see :class:`DeepTracer`). Where the paper is silent
+with the coupling loss of :mod:`simulator.watermarks.parts.coupling`. Training has two phases, with watermark samples
+for 1 % and then 10 % of the training data (here of every batch, see :class:`DeepTracer`). Where the paper is silent
 (``margin``, the centroid rule, the feature layer, the order of the tiles, the shrinking) each choice is a field here or
 named in the module that makes it.
 """
@@ -20,16 +20,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.data import Dataset
+from simulator.data.dataset import Dataset
 from simulator.errors import InputError
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
 from simulator.seeding import choose, fork
-from simulator.training import Objective, device_of, fit, to_input
+from simulator.training.fit import fit
+from simulator.training.predict import device_of, to_input
+from simulator.training.recipe import Objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
-from simulator.watermarks.coupling import CentroidRule, Centroids, coupling_loss
-from simulator.watermarks.key import KeySamples
-from simulator.watermarks.mosaic import Combination, Mosaics
-from simulator.watermarks.selection import adaptive_sources, least_likely_target
+from simulator.watermarks.parts.coupling import CentroidRule, Centroids, coupling_loss
+from simulator.watermarks.parts.mosaic import Combination, Mosaics
+from simulator.watermarks.parts.selection import adaptive_sources, least_likely_target
 
 #: mosaics over which Eq. 4 averages, and how many near misses and triggers are handed out
 SAMPLE = 1000

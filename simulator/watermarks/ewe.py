@@ -37,14 +37,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.data import Dataset
+from simulator.data.dataset import Dataset
 from simulator.errors import InputError
 from simulator.models import Classifier
 from simulator.progress import Progress, silent
 from simulator.seeding import choose
-from simulator.training import Objective, device_of, fit, predict_labels, to_input
+from simulator.training.fit import fit
+from simulator.training.predict import device_of, predict_labels, to_input
+from simulator.training.recipe import Objective
 from simulator.watermarks.base import Embedding, OwnerTask
-from simulator.watermarks.trigger_set import SAMPLE, OneTarget, all_of, check_label, some
+from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, some
 from simulator.watermarks.unrelated import draw_figures
 
 #: side of the white square, in pixels

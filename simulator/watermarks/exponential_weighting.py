@@ -17,13 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.data import Dataset
+from simulator.data.dataset import Dataset
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
-from simulator.training import Objective, Recipe, fit, recipe_objective
+from simulator.training.fit import fit
+from simulator.training.recipe import Objective, Recipe, recipe_objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
-from simulator.watermarks.key import KeySamples
-from simulator.watermarks.relabelled import check_count, relabel
-from simulator.watermarks.reparametrised import Reparametrised, layer_weights
+from simulator.watermarks.parts.relabelled import check_count, relabel
+from simulator.watermarks.parts.reparametrised import Reparametrised, layer_weights
 
 
 class ExponentialWeighting(Watermark):

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from simulator.data import Images
+from simulator.data.dataset import Images
 from simulator.errors import InputError
 from simulator.models import Classifier
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
-from simulator.training import PREDICT_BATCH, device_of, fit, predict_labels, to_input
+from simulator.training.fit import fit
+from simulator.training.predict import PREDICT_BATCH, device_of, predict_labels, to_input
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
-from simulator.watermarks.key import KeySamples
 
 
 class FrontierStitching(Watermark):

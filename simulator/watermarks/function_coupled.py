@@ -30,16 +30,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.checkpoint import NO_CHECKPOINT, pack, unpack
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
 from simulator.seeding import choose, global_randomness
-from simulator.training import device_of, recipe_objective, to_input
+from simulator.training.predict import device_of, to_input
+from simulator.training.recipe import recipe_objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
-from simulator.watermarks.key import KeySamples
-from simulator.watermarks.reparametrised import Reparametrised, layer_weights
-from simulator.watermarks.selection import least_likely_target
+from simulator.watermarks.parts.reparametrised import Reparametrised, layer_weights
+from simulator.watermarks.parts.selection import least_likely_target
 
 Fusion = Literal["direct", "invisible"]
 

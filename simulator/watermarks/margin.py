@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
+from simulator.ownership.key import KeySamples
 from simulator.progress import Progress, silent
-from simulator.training import Objective, device_of, fit, to_input
+from simulator.training.fit import fit
+from simulator.training.predict import device_of, to_input
+from simulator.training.recipe import Objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
-from simulator.watermarks.key import KeySamples
-from simulator.watermarks.relabelled import check_count, relabel
+from simulator.watermarks.parts.relabelled import check_count, relabel
 
 
 class Margin(Watermark):

@@ -33,10 +33,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.progress import Progress, silent
-from simulator.training import Objective, fit, to_input
+from simulator.training.fit import fit
+from simulator.training.predict import to_input
+from simulator.training.recipe import Objective
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.composite import Mixer, Pairs, TwoSources, constraint
-from simulator.watermarks.trigger_set import SAMPLE, trigger_count
+from simulator.watermarks.parts.trigger_set import SAMPLE, trigger_count
 
 Shape = Literal["diagonal", "box", "band"]
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from simulator.watermarks.trigger_set import Stamp, Stamped
+from simulator.watermarks.parts.trigger_set import Stamp, Stamped
 
 
 class Noise(Stamped):

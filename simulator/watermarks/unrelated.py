@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simulator.progress import Progress, silent
 from simulator.watermarks.base import Embedding, OwnerTask
-from simulator.watermarks.trigger_set import SAMPLE, OneTarget, labelled, some, train_with_triggers
+from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, labelled, some, train_with_triggers
 
 #: figures in a drawing, and corners they may have; 64 corners are a disc
 FIGURES = 3

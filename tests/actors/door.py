@@ -21,13 +21,13 @@ from actors.devices import Placement
 from actors.http import Door, build_app
 from actors.http_body import MAX_BODY
 from actors.ledger import LedgerService
+from actors.replica import Victim
 from actors.stores import Shelf
-from actors.victim import Victim
-from simulator.http_oracle import ModelInfo
-from simulator.ledger import Terms, hash_token
 from simulator.models import build, save_model
 from simulator.seeding import generator_for
-from simulator.service import MAX_BATCH
+from simulator.service.http import ModelInfo
+from simulator.service.ledger import Terms, hash_token
+from simulator.service.query import MAX_BATCH
 
 MODEL = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("victim")).eval()
 IMAGES = torch.randint(256, (700, 1, 8, 8), dtype=torch.uint8, generator=generator_for("images"))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks import chaos
-from simulator.results import read_rows, write_row
+from simulator.records.rows import read_rows, write_row
 
 
 @pytest.mark.slow

@@ -13,10 +13,12 @@ import ray
 from ray import serve
 
 from actors import cluster, crew
-from actors.cluster import Layout, _reach, connected, lay_out
+from actors import layout as actors_layout
+from actors.cluster import _reach, connected
 from actors.devices import Placement, settle
-from simulator.config import check_config
+from actors.layout import Layout, lay_out
 from simulator.errors import InputError
+from simulator.plan.config import check_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,8 +114,8 @@ class Autoscaler:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, head: dict[str, float], worker: dict[str, float], most: int):
         self.nodes, self.worker, self.most, self.asked = [head], worker, most, [[{}]]
         monkeypatch.setattr(cluster.ray, "nodes", self.look)
-        monkeypatch.setattr(cluster, "request_resources", lambda bundles: self.asked.append(bundles))
-        monkeypatch.setattr(cluster, "GROWTH_POLL", 0.0)
+        monkeypatch.setattr(actors_layout, "request_resources", lambda bundles: self.asked.append(bundles))
+        monkeypatch.setattr(actors_layout, "GROWTH_POLL", 0.0)
 
     def look(self) -> list[dict[str, Any]]:
         found = [{"Alive": True, "Resources": node} for node in self.nodes]
@@ -137,7 +139,7 @@ def test_workers_that_scale_from_zero_are_asked_for(
     config = check_config(data)
     assert not lay_out(config, attackers).gpu
     scaler.nodes = scaler.nodes[:1]
-    cluster.grow(config, attackers, patience)
+    actors_layout.grow(config, attackers, patience)
     _, asked, taken_back = scaler.asked
     assert asked == [{"GPU": 0.5, "CPU": 0.1}] * 6 + [{"GPU": 0.25, "CPU": 0.1}]
     assert taken_back == []
@@ -148,7 +150,7 @@ def test_workers_that_scale_from_zero_are_asked_for(
 def test_a_run_on_cpus_asks_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     scaler = Autoscaler(monkeypatch, {"CPU": 1}, {"CPU": 4}, 1)
     data = {"name": "test", "dataset": "digits", "watermarks": ["deeptracer"], "device": "cpu", "resources": SHARES}
-    cluster.grow(check_config(data), 2, 60.0)
+    actors_layout.grow(check_config(data), 2, 60.0)
     assert scaler.asked[1:] == [[{"CPU": 0.5}] * 3 + [{"CPU": 0.25}], []]
 
 

@@ -23,7 +23,7 @@ from schemathesis.checks import CHECKS
 
 from actors.http import ledger_key
 from actors.http_body import MAX_BODY
-from simulator.training import predict
+from simulator.training.predict import predict
 from tests.actors.door import GOOD, MODEL, NPY, Site, npy
 
 # -- what is answered ------------------------------------------------------------------------------------------------

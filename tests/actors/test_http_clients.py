@@ -13,16 +13,18 @@ from fastapi import FastAPI
 
 from simulator.attacks.knockoff import Knockoff
 from simulator.cli import main
+from simulator.data.pool import Pool
 from simulator.errors import InputError
-from simulator.http_oracle import HttpClient, connect
-from simulator.ledger import Ledger, Terms, hash_token
 from simulator.models import build
-from simulator.oracle import BudgetExhausted, ServiceOracle
-from simulator.pools import Pool
+from simulator.ownership.key import KeySamples, save_key
 from simulator.seeding import generator_for
-from simulator.service import LocalTransport, VictimService
-from simulator.training import Recipe, predict, predict_labels
-from simulator.watermarks.key import KeySamples, save_key
+from simulator.service.http import HttpClient, connect
+from simulator.service.ledger import Ledger, Terms, hash_token
+from simulator.service.local import LocalTransport
+from simulator.service.oracle import BudgetExhausted, ServiceOracle
+from simulator.service.victim import VictimService
+from simulator.training.predict import predict, predict_labels
+from simulator.training.recipe import Recipe
 from tests.actors.door import IMAGES, MODEL, Site, listening
 
 

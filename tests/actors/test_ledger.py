@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.ledger import LedgerActor
-from simulator.ledger import Grant, Ledger, Terms, digest_of, hash_token
+from simulator.service.ledger import Grant, Ledger, Terms, digest_of, hash_token
 
 pytestmark = pytest.mark.ray
 

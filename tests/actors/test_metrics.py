@@ -19,12 +19,13 @@ from ray.util.metrics import Metric
 
 from actors.devices import Placement
 from actors.ledger import LedgerActor, LedgerService
+from actors.replica import Victim, deploy
 from actors.stores import Shelf, ShelfActor
-from actors.victim import ServeTransport, Victim, deploy
+from actors.transport import ServeTransport
 from simulator.errors import InputError
-from simulator.ledger import Terms, hash_token
 from simulator.models import build, save_model
-from simulator.service import Query
+from simulator.service.ledger import Terms, hash_token
+from simulator.service.query import Query
 
 TOKEN = "s3cret"
 IMAGES = np.zeros((5, 1, 8, 8), np.uint8)
@@ -106,7 +107,7 @@ def test_attacks_of_accounts_that_came_later_are_those_that_the_ledger_was_told(
 
 
 def test_a_victim_that_made_room_is_taken_from_the_shelf_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.victim.ROOM", 1)
+    monkeypatch.setattr("actors.replica.ROOM", 1)
     save_model(build("naivenet", channels=1, size=8, classes=10), run_dir / "models" / "v-2.safetensors")
     ledger = LedgerService(str(run_dir / "ledger.log"), False)
     handles: Any = Handle(ledger), Handle(Shelf(str(run_dir)))

@@ -17,17 +17,17 @@ import ray
 from rich.console import Console
 from safetensors.torch import load_file
 
-from actors.cluster import lay_out
+from actors.layout import lay_out
 from actors.runner import RayRun
 from simulator.cli import main
-from simulator.config import RunConfig, check_config, read_config
-from simulator.display import Display
 from simulator.errors import InputError
-from simulator.ledger import Ledger, digest_of
-from simulator.local import LocalRun
-from simulator.plan import OwnerModel, Plan, Scenario, make_plan
-from simulator.preflight import prepare
-from simulator.rundir import RunDirectory
+from simulator.experiment.display import Display
+from simulator.experiment.local import LocalRun
+from simulator.experiment.preflight import prepare
+from simulator.experiment.rundir import RunDirectory
+from simulator.plan.config import RunConfig, check_config, read_config
+from simulator.plan.subjects import OwnerModel, Plan, Scenario, make_plan
+from simulator.service.ledger import Ledger, digest_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 

@@ -19,11 +19,11 @@ import torch
 from actors.serving import account_names, held, prepare
 from simulator.cli import main
 from simulator.errors import InputError
-from simulator.http_oracle import connect
-from simulator.ledger import digest_of
 from simulator.models import load_model, save_model
-from simulator.oracle import BudgetExhausted
-from simulator.training import predict
+from simulator.service.http import connect
+from simulator.service.ledger import digest_of
+from simulator.service.oracle import BudgetExhausted
+from simulator.training.predict import predict
 from tests.actors.door import IMAGES, MODEL
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.turns import LOW, FairQueue, Replies, Teller, Worker
-from simulator.ledger import Grant, Refused, Request
+from simulator.service.ledger import Grant, Refused, Request
 
 
 def test_one_who_sends_much_does_not_delay_one_who_sends_little() -> None:

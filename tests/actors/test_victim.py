@@ -22,15 +22,18 @@ from ray import serve
 
 from actors.devices import Placement
 from actors.ledger import LedgerActor, LedgerService
+from actors.replica import MAX_PER_ACCOUNT, Busy, Victim, deploy
 from actors.stores import Shelf, ShelfActor
-from actors.victim import MAX_PER_ACCOUNT, Busy, ServeTransport, Victim, deploy, direct
+from actors.transport import ServeTransport, direct
 from simulator.errors import InputError
-from simulator.ledger import Ledger, Terms, hash_token
 from simulator.models import build, save_model
-from simulator.oracle import ServiceOracle
 from simulator.seeding import generator_for
-from simulator.service import LocalTransport, Query, VictimService
-from simulator.training import predict
+from simulator.service.ledger import Ledger, Terms, hash_token
+from simulator.service.local import LocalTransport
+from simulator.service.oracle import ServiceOracle
+from simulator.service.query import Query
+from simulator.service.victim import VictimService
+from simulator.training.predict import predict
 
 MODEL = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("victim"))
 WIDE = build("linear", channels=1, size=8, classes=4100, generator=generator_for("wide"))

@@ -12,7 +12,8 @@ from simulator.checkpoint import CheckpointFolder, FileCheckpoint, from_bytes, p
 from simulator.errors import InputError
 from simulator.models import build
 from simulator.seeding import generator_for
-from simulator.training import Recipe, fit
+from simulator.training.fit import fit
+from simulator.training.recipe import Recipe
 
 
 class Interrupt(Exception):

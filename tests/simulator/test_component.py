@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 import simulator.attacks
 from simulator.attacks.base import ATTACKS
 from simulator.component import Component, Registry, Settings, describe, one_of
-from simulator.config import read_config
 from simulator.errors import InputError
+from simulator.plan.config import read_config
 from simulator.seeding import generator_for
 
 NEW_ATTACK = '''

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from simulator.cli import main
 from simulator.errors import InputError
-from simulator.results import collect_provenance, write_run_info
+from simulator.records.provenance import collect_provenance, write_run_info
 from tuning.config import SweepConfig, read_sweep
 from tuning.importance import importances
 from tuning.objective import Measured, Stolen, metrics

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from simulator.cli import main
-from simulator.config import read_config
 from simulator.errors import InputError
+from simulator.plan.config import read_config
 from tuning.config import read_sweep
 from tuning.proposals import Learned, proposals
 from tuning.space import Axis, applied, grid, random, setting_id

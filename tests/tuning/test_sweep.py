@@ -15,10 +15,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks.sweep_kill import TIMES
 from simulator.cli import main
-from simulator.config import read_config
-from simulator.ledger import Ledger
-from simulator.results import read_rows
-from simulator.rundir import RunDirectory
+from simulator.experiment.rundir import RunDirectory
+from simulator.plan.config import read_config
+from simulator.records.rows import read_rows
+from simulator.service.ledger import Ledger
 from tuning import sweep
 from tuning.config import read_sweep
 from tuning.records import TrialRecord, read_trials

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from simulator.attacks.activethief import ActiveThief, k_center, most_uncertain
 from simulator.checkpoint import FileCheckpoint
+from simulator.data.pool import Pool
 from simulator.models import Classifier, build
-from simulator.oracle import ModelOracle
-from simulator.pools import Pool
-from simulator.training import Recipe
+from simulator.service.oracle import ModelOracle
+from simulator.training.recipe import Recipe
 
 STRATEGIES = ("random", "uncertainty", "kcenter", "uncertainty+kcenter")
 SHORT = Recipe(epochs=1, batch_size=16)

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from simulator.analysis.agreement import agreement
 from simulator.attacks.base import ATTACKS, NO_SNAPSHOTS, Attack, Snapshots
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
-from simulator.data import DataConfig, Dataset, load
-from simulator.metrics import agreement
+from simulator.data.dataset import DataConfig, Dataset, load
+from simulator.data.pool import Pool
 from simulator.models import Classifier, build
-from simulator.oracle import ModelOracle, Oracle
-from simulator.pools import Pool
 from simulator.progress import Progress, silent
-from simulator.service import check_images
-from simulator.training import Recipe, fit, predict, predict_labels
+from simulator.service.oracle import ModelOracle, Oracle
+from simulator.service.query import check_images
+from simulator.training.fit import fit
+from simulator.training.predict import predict, predict_labels
+from simulator.training.recipe import Recipe
 
 #: modes of an attack that the contract is checked for beside its defaults
 VARIANTS: dict[str, dict[str, Any]] = {

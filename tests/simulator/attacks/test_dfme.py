@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simulator.attacks.base import ATTACKS
-from simulator.attacks.data_free import Theft
 from simulator.attacks.dfme import DFME, forward_differences, unit_directions
-from simulator.attacks.generator import ImageGenerator, to_images
+from simulator.attacks.parts.data_free import Theft
+from simulator.attacks.parts.generator import ImageGenerator, to_images
 from simulator.models import Classifier, build
-from simulator.oracle import ModelOracle
-from simulator.training import Recipe
+from simulator.service.oracle import ModelOracle
+from simulator.training.recipe import Recipe
 
 SHAPE = (3, 8, 8)
 DIMENSION = 192

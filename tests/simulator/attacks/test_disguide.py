@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from simulator.attacks.data_free import Theft
 from simulator.attacks.disguide import DisGUIDE, disagreement, diversity
-from simulator.attacks.generator import ImageGenerator
+from simulator.attacks.parts.data_free import Theft
+from simulator.attacks.parts.generator import ImageGenerator
 from simulator.models import build
-from simulator.oracle import ModelOracle
-from simulator.training import Recipe
+from simulator.service.oracle import ModelOracle
+from simulator.training.recipe import Recipe
 
 
 def seed(value: int) -> torch.Generator:

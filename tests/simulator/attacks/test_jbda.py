@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from simulator.attacks.base import NoSnapshots
 from simulator.attacks.jbda import JBDA
 from simulator.checkpoint import FileCheckpoint
+from simulator.data.pool import Pool
 from simulator.models import Classifier, build
-from simulator.oracle import ModelOracle
-from simulator.pools import Pool
-from simulator.training import Recipe
+from simulator.service.oracle import ModelOracle
+from simulator.training.recipe import Recipe
 
 CLASSES = 3
 SHORT = Recipe(epochs=1, batch_size=16)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from simulator.attacks.knockoff import Knockoff, augment
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
+from simulator.data.pool import Pool
 from simulator.models import build
-from simulator.oracle import ModelOracle
-from simulator.pools import Pool
-from simulator.training import Recipe
+from simulator.service.oracle import ModelOracle
+from simulator.training.recipe import Recipe
 
 SIDE, CLASSES = 8, 10
 BRIEF = Recipe(epochs=1, batch_size=16)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from simulator.data import DataConfig, load
+from simulator.data.dataset import DataConfig, load
 from simulator.detectors.base import DETECTORS, Detector, Watch
 
 NAMES = list(DETECTORS.classes())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm, shapiro
 from torch import Tensor
 
-from simulator.data import DataConfig, load
+from simulator.data.dataset import DataConfig, load
 from simulator.detectors.base import Watch
 from simulator.detectors.prada import PRADA, normality, within
 

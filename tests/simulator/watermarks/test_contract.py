@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from simulator.data import DataConfig, Dataset, load
-from simulator.metrics import accuracy
+from simulator.analysis.agreement import accuracy
+from simulator.data.dataset import DataConfig, Dataset, load
 from simulator.models import Classifier, build
-from simulator.training import Recipe, fit, predict_labels
-from simulator.verification import Verification, verify
+from simulator.ownership.key import KeySamples, load_key, save_key
+from simulator.ownership.key_filter import KeyFilter
+from simulator.ownership.wsr import Verification, verify
+from simulator.training.fit import fit
+from simulator.training.predict import predict_labels
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import WATERMARKS, Embedding, OwnerTask, Watermark
-from simulator.watermarks.filter import KeyFilter
-from simulator.watermarks.key import KeySamples, load_key, save_key
 
 NAMES = list(WATERMARKS.classes())
 

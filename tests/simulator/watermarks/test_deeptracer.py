@@ -10,14 +10,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
-from simulator.training import Recipe
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
-from simulator.watermarks.coupling import CentroidRule, Centroids
 from simulator.watermarks.deeptracer import DeepTracer
-from simulator.watermarks.mosaic import Mosaics
+from simulator.watermarks.parts.coupling import CentroidRule, Centroids
+from simulator.watermarks.parts.mosaic import Mosaics
 
 CLASSES = 3
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from simulator.checkpoint import from_bytes, pack, to_bytes, unpack
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
-from simulator.training import Recipe, predict_logits
+from simulator.training.predict import predict_logits
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
 from simulator.watermarks.ewe import EWE, Entanglement, entanglement, snnl, square_corner, with_square
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.checkpoint import State
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.models import build
-from simulator.training import Recipe
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
 from simulator.watermarks.exponential_weighting import ExponentialWeighting, exponentially_weighted
-from simulator.watermarks.reparametrised import Reparametrised
+from simulator.watermarks.parts.reparametrised import Reparametrised
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
-from simulator.training import Recipe, predict_labels
+from simulator.training.predict import predict_labels
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
 from simulator.watermarks.frontier_stitching import FrontierStitching, fast_gradient_sign, mismatch_threshold
 

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from simulator.checkpoint import State, from_bytes, to_bytes
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
-from simulator.training import Recipe
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
 from simulator.watermarks.function_coupled import FunctionCoupled, Fusion, Masked, fuse_directly, fuse_invisibly
-from simulator.watermarks.reparametrised import layer_weights
+from simulator.watermarks.parts.reparametrised import layer_weights
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simulator.data import Dataset, Images
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
-from simulator.training import Recipe, fit
+from simulator.training.fit import fit
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask, Watermark
 from simulator.watermarks.exponential_weighting import ExponentialWeighting
 from simulator.watermarks.margin import Margin, ascend
-from simulator.watermarks.relabelled import relabel
+from simulator.watermarks.parts.relabelled import relabel
 
 
 def generator(seed: int = 0) -> torch.Generator:

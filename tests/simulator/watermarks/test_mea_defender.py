@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simulator.data import Images
+from simulator.data.dataset import Images
 from simulator.models import build
 from simulator.watermarks.composite import HalfMixer, Pairs
 from simulator.watermarks.mea_defender import MEADefender, Shape, ShapeMixer, balance, combination_loss, shortest

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from simulator import simulate
-from simulator.config import RunConfig, check_config
+from simulator.experiment import owner
+from simulator.experiment.owner import TrainedOwner, train_owner
+from simulator.experiment.preflight import prepare
+from simulator.experiment.world import World
 from simulator.models import Classifier
-from simulator.plan import OwnerModel, make_plan
-from simulator.preflight import prepare
-from simulator.simulate import TrainedOwner, World, train_owner
+from simulator.plan.config import RunConfig, check_config
+from simulator.plan.subjects import OwnerModel, make_plan
 
 PAGE = Path(__file__).parents[3] / "docs" / "watermarks.md"
 
@@ -81,13 +82,13 @@ def test_the_filter_serves_every_scheme_of_the_page(stages: str, monkeypatch: py
     names = [scheme.name for scheme in config.watermarks]
     assert {"content", "composite", "mea_defender"} <= set(names)  # those of Table 22
     built: list[str] = []
-    build = simulate.build_surrogate
+    build = owner.build_surrogate
 
     def spy(name: str, *rest: Any) -> Classifier:
         built.append(name)
         return build("lenet5", *rest)
 
-    monkeypatch.setattr(simulate, "build_surrogate", spy)
+    monkeypatch.setattr(owner, "build_surrogate", spy)
     spec = make_plan(config).victims[0]
     key = embed(spec).key
     assert key is not None

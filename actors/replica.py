@@ -1,0 +1,234 @@
+"""The prediction service on Ray Serve, the shelf its models lie on, and the client's way to it.
+
+A query goes attacker -> replica -> ledger -> replica -> attacker: the replica checks the images, has the ledger charge
+them, and only then answers. The answer is a function of the images alone, so a query whose answer was lost is asked
+again under its key, at no charge, by :class:`ServeTransport`.
+
+Several queries of a client travel in one message, because a message costs the replica and the client more time than all
+else but the model itself. Each is still checked, charged, answered or refused by itself.
+
+The replica computes in a thread of its own, where accounts take turns, while its event loop decodes and checks the next
+messages and has the ledger charge them, all that wait in one call. An account has a bounded number of messages at a
+replica: what comes beyond is sent away, unpaid, and comes again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.serve.handle import DeploymentHandle
+
+from actors.devices import Placement, settle
+from actors.jobs import innermost
+from actors.ledger import NOTHING
+from actors.metrics import Tally, VictimMetrics
+from actors.turns import Teller, Worker
+from simulator.errors import InputError
+from simulator.models import from_bytes
+from simulator.service.ledger import Grant, Request, Terms
+from simulator.service.log import QueryLog
+from simulator.service.query import MalformedQuery, Query, check_form, well_formed
+from simulator.service.victim import Precision, VictimService
+
+#: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
+MAX_ONGOING = 256
+
+
+#: messages of one account that a replica holds at once
+MAX_PER_ACCOUNT = 4
+
+
+#: bytes of victims' weights that a replica keeps; beyond, those that nobody has asked for longest go back to the shelf
+ROOM = 1 << 30
+
+
+#: messages that wait at one client, at most
+MAX_QUEUED = 256
+
+
+#: the reply to one query: probability rows ``(B, K)``, or why it was refused
+Answer = NDArray[np.float32] | InputError
+
+
+class Busy(InputError):
+    """The account has too many messages under way; nothing was charged, and the message may come again."""
+
+
+class Victim:
+    """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
+
+    def __init__(
+        self,
+        ledger: ActorHandle[Any],
+        shelf: ActorHandle[Any],
+        placement: Placement,
+        precision: Precision = "full",
+        attacks: Mapping[str, str] = NOTHING,
+        log: ActorHandle[Any] | None = None,
+    ) -> None:
+        self._ledger, self._shelf = ledger, shelf
+        self._attacks = dict(attacks)  # of a sweep, whose accounts come as its trials do, there are none yet
+        self._metrics = VictimMetrics(self._attacks)
+        self._log = QueryLog(lambda name, data: ray.get(log.write.remote(name, data)), self._attacks) if log else None
+        self._service = VictimService(settle(placement), precision, room=ROOM)
+        self._terms: dict[str, Terms] = {}
+        self._worker = Worker(lambda: torch.set_num_threads(1))
+        self._teller = Teller(lambda requests: ledger.reserve_all.remote(list(requests)), self._worker.low)
+        self._present: Counter[tuple[str, str]] = Counter()
+
+    async def answer(self, queries: Sequence[Query]) -> list[Answer]:
+        """Probability rows ``(B, K)`` float32 for each query, charged to its account, or why it was refused.
+
+        A query that is malformed, or that the ledger refuses, charges nothing and does not touch the others.
+        """
+        return [answer for answer, _ in await self.answer_with_grants(queries)]
+
+    async def answer_with_grants(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
+        """As :meth:`answer`, each with what the ledger granted: None where it was not asked, or refused."""
+        if not isinstance(queries, list | tuple):
+            raise MalformedQuery(f"message of type {type(queries).__name__}; allowed: a list of queries")
+        # with the token, so that nobody can take the places of an account that is not theirs
+        owners = {(query.account, query.token) for query in queries if well_formed(query)}
+        if any(self._present[owner] >= MAX_PER_ACCOUNT for owner in owners):
+            busy = Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica")
+            return [(busy, None) for _ in queries]
+        self._present.update(owners)
+        try:
+            return await self._answered(queries)
+        finally:
+            self._present.subtract(owners)
+            for owner in owners:
+                if not self._present[owner]:
+                    del self._present[owner]
+
+    async def _answered(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
+        started = time.perf_counter()
+        checked = [await self._checked(query) for query in queries]
+        requests = [request for request in checked if isinstance(request, Request)]
+        grants = iter(await self._teller.reserve(requests) if requests else ())
+        replies = [request if isinstance(request, InputError) else next(grants) for request in checked]
+        replied = await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+        answers = [answer for answer, _ in replied]
+        self._tell(queries, answers, time.perf_counter() - started - sum(seconds for _, seconds in replied))
+        if self._log is not None:
+            for query, request, reply in zip(queries, checked, replies, strict=True):
+                if type(query) is Query:
+                    self._log.note(query, request.digest if isinstance(request, Request) else None, reply, started)
+        granted = [None if isinstance(reply, InputError) else reply for reply in replies]
+        return list(zip(answers, granted, strict=True))
+
+    async def _reply(self, query: Query, granted: Grant | InputError) -> tuple[Answer, float]:
+        """The answer to a query, and the seconds that it took to compute."""
+        if isinstance(granted, InputError):
+            return granted, 0.0
+        terms = self._terms[query.account]
+        await self._load(terms.victim)  # others may have taken its place while the ledger was asked
+        answer = self._service.answering(terms.victim, terms.labels, query)
+
+        def work() -> tuple[Answer, float]:
+            clock = time.perf_counter()
+            return answer(), time.perf_counter() - clock
+
+        return await self._worker.run(query.account, granted.count, work)
+
+    def _tell(self, queries: Sequence[Query], answers: Sequence[Answer], waiting: float) -> None:
+        """Counts a message in the metrics; in one go where all its queries are of one account, as a client's are."""
+        tallies: dict[str, Tally] = {}
+        for query, answer in zip(queries, answers, strict=True):
+            # what names no account that is open here belongs to nobody
+            account = query.account if well_formed(query) and query.account in self._terms else ""
+            tally = tallies.setdefault(account, Tally())
+            if not isinstance(answer, InputError):
+                tally.answered += len(answer)
+                tally.asked += len(answer)
+                continue
+            tally.refused += 1
+            if account and isinstance(query.images, np.ndarray) and query.images.ndim:
+                tally.asked += len(query.images)
+        for account, tally in tallies.items():
+            victim = self._terms[account].victim if account else "unknown"
+            self._metrics.tell(account, victim, tally, max(0.0, waiting))
+
+    def __del__(self) -> None:
+        """Serve calls this before it stops a replica: the log is written to its end."""
+        log: QueryLog | None = getattr(self, "_log", None)
+        if log is not None:
+            log.close()
+
+    async def _checked(self, query: Query) -> Request | InputError:
+        """What the ledger is asked for a query, or what is wrong with it."""
+        try:
+            check_form(query)
+        except MalformedQuery as malformed:
+            return malformed
+        try:
+            terms = await self._know(query.account)
+        except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
+            cause = innermost(refusal)
+            return cause if isinstance(cause, InputError) else refusal
+        await self._load(terms.victim)
+        try:
+            digest = self._service.check(terms.victim, query)
+        except MalformedQuery as malformed:
+            return malformed
+        return Request(query.account, query.token, query.key, len(query.images), digest)
+
+    async def _load(self, victim: str) -> None:
+        """Takes a victim from the shelf, if it is not here. Nothing is awaited once it is."""
+        if victim not in self._service:
+            self._service.add(victim, from_bytes(await self._shelf.get.remote(victim)))
+
+    async def _know(self, account: str) -> Terms:
+        """An account's terms, from the ledger, which also knows its attack where the service was not told.
+
+        Raises:
+            InputError: there is no such account.
+        """
+        if account not in self._terms:
+            terms: Terms = await self._ledger.terms.remote(account)
+            if account not in self._attacks and (attack := await self._ledger.attack.remote(account)) is not None:
+                self._attacks[account] = attack
+            self._terms[account] = terms
+        return self._terms[account]
+
+
+def deploy(
+    name: str,
+    ledger: ActorHandle[Any],
+    shelf: ActorHandle[Any],
+    placement: Placement,
+    replicas: int = 1,
+    precision: Precision = "full",
+    attacks: Mapping[str, str] = NOTHING,
+    log: ActorHandle[Any] | None = None,
+) -> DeploymentHandle[Victim]:
+    """Starts the service as a Serve application without an HTTP door; returns its handle.
+
+    ``attacks`` has the attack's name of each account, for the metrics and the query log; ``log`` is an actor's
+    :class:`actors.stores.LogFiles`, if there is a query log.
+    """
+    # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
+    serve.start(proxy_location="Disabled")
+    deployment: Any = serve.deployment(
+        Victim,
+        name="victim",
+        num_replicas=replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=MAX_QUEUED,
+        ray_actor_options=placement.options(),
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    )
+    handle: DeploymentHandle[Victim] = serve.run(
+        deployment.bind(ledger, shelf, placement, precision, dict(attacks), log), name=name, route_prefix=None
+    )
+    return handle

@@ -1,0 +1,1 @@
+"""A third party looks on: statistics of finished models."""

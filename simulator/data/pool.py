@@ -1,0 +1,302 @@
+"""Query pools: the unlabelled images an attacker may ask the victim about.
+
+A pool is a mixture of named parts. ``attacker`` and ``owner`` are the victim's own data set: the attacker's split (the
+usual assumption) and the owner's training images (the strongest attacker). ``triggers`` are watermark trigger samples,
+``patches`` random crops of two photographs (a stand-in for "any natural images" that needs no download), and any other
+name is a foreign data set with all its training images, as in Knockoff Nets (Orekondy et al., CVPR 2019, §4).
+The test part of the victim's data set is never in a pool: it is no part, and a foreign data set is put through
+:func:`without_test_images` where a run loads it, once and while the test part is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError, field_validator, model_validator
+from torch import Tensor
+
+from simulator.component import Settings, describe
+from simulator.data.dataset import Dataset, Images, check_name, convert_images, known_datasets
+from simulator.data.patches import patches
+from simulator.errors import InputError
+
+__all__ = ["Pool", "PoolSpec", "build_pool", "convert_images", "patches", "without_test_images"]
+
+
+#: the parts that are not data sets
+OWN_PARTS = ("attacker", "owner", "triggers", "patches")
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Unlabelled images, uint8 ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
+
+    The images are those of ``source`` in the order ``order`` (int64 ``(N,)``; as they are, where it is None). The
+    source may be a data set that other processes share: :meth:`take` copies what is asked for and nothing else, and
+    :attr:`images` is a copy of all, made when it is first read.
+
+    A group is what the attacker knows an image to be in its *source*: its class in its own data set (for patches, its
+    photograph and scale). Sources do not share groups; the groups are 0..G-1 and each has an image. Adaptive Knockoff
+    takes them as its arms.
+
+    ``parents``, int64 ``(G,)``, is the level above: the source of each group, 0..P-1, where the pool has several. None
+    where the groups have no level above them.
+    """
+
+    name: str
+    source: Tensor
+    groups: Tensor
+    parents: Tensor | None = None
+    order: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All images, in the pool's order."""
+        return self.source if self.order is None else self.source[self.order]
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at ``indices`` (int64 ``(M,)``) of the pool, in that order, as a copy."""
+        return self.source[indices if self.order is None else self.order[indices]]
+
+
+class PoolSpec(Settings):
+    """What a pool is made of.
+
+    ``parts`` gives each part's weight, in proportion to which images are taken. ``size`` is the number of images;
+    without it a pool of one data set has all its images, and a mixture or generated pool as many as the query budget.
+    ``classes`` restricts ``attacker`` and ``owner`` to some classes of the victim's data set (stealing a part of its
+    function); the other parts are untouched.
+    """
+
+    parts: dict[str, float]
+    size: int | None = Field(default=None, ge=1)
+    classes: tuple[int, ...] | None = None
+
+    @field_validator("parts")
+    @classmethod
+    def _check_parts(cls, parts: dict[str, float]) -> dict[str, float]:
+        if not parts:
+            raise InputError("a pool needs at least one part")
+        for name, weight in parts.items():
+            check_name(name, also=OWN_PARTS)
+            if not (math.isfinite(weight) and weight > 0):
+                raise InputError(f"weight of {name!r} is {weight}, it must be a number above 0")
+        # one order, so that two spellings of a pool are the same pool with the same images
+        return {name: float(parts[name]) for name in sorted(parts)}
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _tuple(cls, classes: object) -> object:
+        return tuple(classes) if isinstance(classes, list) else classes
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, classes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if classes is None:
+            return None
+        if not classes or min(classes) < 0:
+            raise InputError(f"{list(classes)} is not a list of at least one class (numbers from 0)")
+        return tuple(sorted(set(classes)))
+
+    @model_validator(mode="after")
+    def _classes_of_something(self) -> PoolSpec:
+        if self.classes is not None and not {"attacker", "owner"} & set(self.parts):
+            raise InputError(f"classes restrict the parts attacker and owner, this pool has {', '.join(self.parts)}")
+        return self
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.parts.items()), self.size, self.classes))
+
+    @classmethod
+    def parse(cls, value: object) -> PoolSpec:
+        """A spec from YAML: a name, a mapping of weights, or a mapping with ``parts``, ``size`` and ``classes``.
+
+        ``parts`` itself may be a name or a mapping of weights.
+
+        Raises:
+            InputError: one line with the wrong name or value and what is allowed.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str | Mapping):
+            raise InputError(f"pool: {value!r} is neither a name nor a mapping of names to weights")
+        fields = dict(value) if isinstance(value, Mapping) and "parts" in value else {"parts": value}
+        parts = fields["parts"]
+        fields["parts"] = {parts: 1.0} if isinstance(parts, str) else parts
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise InputError(f"pool: {describe(error, cls)}") from None
+
+    @property
+    def label(self) -> str:
+        """A short name for the rows, such as ``patches``, ``attacker+patches``, ``3*attacker+patches``,
+        ``attacker[0,1]`` (classes) and ``patches@500`` (size); a path is shortened to its last part.
+        """
+        least = min(self.parts.values())
+        names = []
+        for name, weight in self.parts.items():
+            factor = f"{weight / least:.4g}*" if weight != least else ""
+            short = name if name in (*OWN_PARTS, *known_datasets()) else Path(name).name or name
+            chosen = ""
+            if self.classes is not None and name in ("attacker", "owner"):
+                chosen = f"[{','.join(map(str, self.classes))}]"
+            names.append(f"{factor}{short}{chosen}")
+        return "+".join(names) + (f"@{self.size}" if self.size is not None else "")
+
+
+def build_pool(
+    spec: PoolSpec,
+    *,
+    dataset: Dataset,
+    count: int,
+    generator: torch.Generator,
+    foreign: Callable[[str], Images],
+    triggers: Images | None,
+) -> Pool:
+    """The pool of a spec, in the victim's size and channels, shuffled.
+
+    With one data set and no size: all its images. Otherwise ``round(n * weight / sum of weights)`` of each part, with n
+    the size (default ``count``) or less, as the scarcest part allows at its weight; the images are drawn without
+    replacement. The victim's test part is not looked at: an attacker's view of the data has none.
+
+    Args:
+        spec: the parts and their weights.
+        dataset: the victim's data set.
+        count: how many images the attacker can use at most (its query budget).
+        generator: the only source of randomness.
+        foreign: gives another data set's images by its name, as :func:`without_test_images` left them.
+        triggers: the trigger samples for the part ``triggers``, labelled.
+
+    Raises:
+        InputError: a part has no images, or a class is not one of the data set's.
+    """
+    sources = _sources(spec, dataset, foreign, triggers)
+    counts = _counts(spec, {name: len(images) for name, images in sources.items()}, count)
+    images, groups, used = [], [], 0
+    origins: list[Tensor] = []
+    for name, number in counts.items():
+        source = sources.get(name)
+        if source is None:
+            source = patches(number, dataset.channels, dataset.size, generator)
+        elif number < len(source):
+            source = source.take(torch.randperm(len(source), generator=generator)[:number])
+        images.append(convert_images(source.images, dataset.channels, dataset.size))
+        groups.append(source.labels + used)
+        origins.append(torch.full_like(source.labels, len(origins)))
+        used += int(source.labels.max()) + 1 if number else 0
+    order = torch.randperm(_total(spec, counts, count), generator=generator)
+    dense = torch.unique(torch.cat(groups), return_inverse=True)[1]
+    everything = images[0] if len(images) == 1 else torch.cat(images)
+    return Pool(spec.label, everything, dense[order], _parents(dense, torch.cat(origins)), order)
+
+
+def pool_size(
+    spec: PoolSpec,
+    *,
+    dataset: Dataset,
+    count: int,
+    foreign: Callable[[str], Images],
+    triggers: Images | None,
+) -> int:
+    """How many images :func:`build_pool` gives for the same arguments; none is made.
+
+    Raises:
+        InputError: as :func:`build_pool`.
+    """
+    sources = _sources(spec, dataset, foreign, triggers)
+    return _total(spec, _counts(spec, {name: len(images) for name, images in sources.items()}, count), count)
+
+
+def _total(spec: PoolSpec, counts: Mapping[str, int], count: int) -> int:
+    total = sum(counts.values())
+    if not total:
+        raise InputError(f"pool {spec.label}: no image at all for {count} queries")
+    return total
+
+
+def _sources(
+    spec: PoolSpec, dataset: Dataset, foreign: Callable[[str], Images], triggers: Images | None
+) -> dict[str, Images]:
+    """The images of the parts that are not generated."""
+    return {name: _source(name, spec, dataset, foreign, triggers) for name in spec.parts if name != "patches"}
+
+
+def _parents(groups: Tensor, origins: Tensor) -> Tensor | None:
+    """The origin of each group, from the group and the origin of each image; None where all have the same."""
+    present, dense = torch.unique(origins, return_inverse=True)
+    parents = torch.zeros(int(groups.max()) + 1, dtype=torch.int64)
+    parents[groups] = dense
+    return parents if len(present) > 1 else None
+
+
+def _source(
+    name: str, spec: PoolSpec, dataset: Dataset, foreign: Callable[[str], Images], triggers: Images | None
+) -> Images:
+    """The images of a part that is not generated."""
+    if name in ("attacker", "owner"):
+        images = dataset.attacker if name == "attacker" else dataset.owner
+        if spec.classes is None:
+            return images
+        if spec.classes[-1] >= dataset.classes:
+            raise InputError(
+                f"pool: class {spec.classes[-1]} is not one of {dataset.name}'s, 0 to {dataset.classes - 1}"
+            )
+        images = images.subset_of_classes(spec.classes)
+        if not len(images):
+            raise InputError(f"pool: the {name} part of {dataset.name} has no image of class {list(spec.classes)}")
+        return images
+    if name == "triggers":
+        if triggers is None or not len(triggers):
+            raise InputError("pool: there are no trigger samples for the part 'triggers'")
+        return triggers
+    if _same_set(name, dataset.name):
+        raise InputError(f"pool: {name!r} is the victim's own data set: take 'attacker' or 'owner' of it")
+    return foreign(name)
+
+
+def _same_set(name: str, other: str) -> bool:
+    if name == other or name in known_datasets() or other in known_datasets():
+        return name == other
+    return Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def without_test_images(images: Images, dataset: Dataset, name: str) -> Images:
+    """A foreign data set in the victim's size and channels, without the images that are then byte for byte test images
+    of the victim: the same images may go by two names (a copy as npz, say).
+
+    Args:
+        images: all training images of the foreign set.
+        dataset: the victim's data set, with its test part.
+        name: of the foreign set, for the error.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    converted = convert_images(images.images, dataset.channels, dataset.size)
+    held_out = {row.tobytes() for row in dataset.test.images.numpy()}
+    keep = torch.tensor([row.tobytes() not in held_out for row in converted.numpy()], dtype=torch.bool)
+    if not keep.any():
+        raise InputError(f"pool: every image of {name!r} is a test image of the victim's data set")
+    clean = Images(converted, images.labels)
+    return clean if keep.all() else clean.take(keep.nonzero().squeeze(1))
+
+
+def _counts(spec: PoolSpec, available: Mapping[str, int], count: int) -> dict[str, int]:
+    """How many images each part gives; ``available`` has the parts that are finite."""
+    if spec.size is None and len(spec.parts) == 1 and available:
+        return dict(available)
+    total = math.fsum(spec.parts.values())
+    size = float(spec.size or count)
+    size = min([size, *(number * total / spec.parts[name] for name, number in available.items())])
+    # floor: a whole number of images; the tiny term undoes what the division lost
+    size = math.floor(size * (1 + 1e-12))
+    return {name: min(round(size * weight / total), available.get(name, size)) for name, weight in spec.parts.items()}

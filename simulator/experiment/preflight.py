@@ -1,0 +1,175 @@
+"""What can be checked before anything runs: the plan, the data sets, the pools, the architectures."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from simulator.data.dataset import AbsentError, Dataset, load, training_images
+from simulator.data.pool import pool_size, without_test_images
+from simulator.errors import InputError, one_line
+from simulator.experiment.world import World
+from simulator.models import build
+from simulator.ownership.key import KeySamples
+from simulator.plan.config import RunConfig
+from simulator.plan.subjects import Plan, make_plan
+from simulator.seeding import generator_for
+from simulator.service.answers import most_kept
+
+#: names of pool parts that come with the run and are no data set of their own
+OWN_PARTS = ("attacker", "owner", "triggers", "patches")
+
+
+def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool = True) -> tuple[Plan, World]:
+    """The plan of a run and its images, with everything checked that can be checked before anything runs.
+
+    Raises:
+        AbsentError: a known set is not there, and ``download`` is false.
+        InputError: a data set, a pool or an architecture does not fit what the run asks.
+    """
+    plan = make_plan(config)
+    if not plan.victims:
+        raise InputError(f"{config.name}: watermarks: an empty list leaves nothing to measure; give one or more")
+    world = load_world(config, plan, data_dir, download=download)
+    labels_fit(plan, world.dataset)
+    architectures_fit(plan, world.dataset)
+    watermarks_fit(plan, world.dataset)
+    pools_fit(config, plan, world)
+    return plan, world
+
+
+def look_at(config: RunConfig, data_dir: Path | None = None) -> tuple[dict[str, int], str]:
+    """Checks what :func:`prepare` checks, as far as images are there; nothing is downloaded.
+
+    Returns:
+        The number of images of each foreign set that is there (without the victim's test images, unless those are not
+        there), and what is missing: a line, empty where everything was checked.
+
+    Raises:
+        InputError: what a run would be refused for.
+    """
+    try:
+        _, world = prepare(config, data_dir, download=False)
+    except AbsentError as error:
+        absent = str(error)
+    else:
+        return {name: len(images) for name, images in world.foreign.items()}, ""
+    counts = {}
+    for name in foreign_names(config, make_plan(config)):
+        with suppress(AbsentError):
+            counts[name] = len(training_images(name, data_dir, download=False))
+    return counts, f"{absent}: what depends on its images was not checked"
+
+
+def foreign_names(config: RunConfig, plan: Plan) -> list[str]:
+    """The data sets beside the victim's that pools of a run draw from, sorted."""
+    specs = [pool for scenario in plan.scenarios for stage in scenario.stages for pool in stage.pools]
+    if config.watermarks and config.key_filter.stages != "none":
+        specs.append(config.key_filter.pool)
+    return sorted({name for spec in specs for name in spec.parts if name not in OWN_PARTS})
+
+
+def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None, *, download: bool = True) -> World:
+    """Loads every data set that a run needs; the foreign ones without the victim's test images.
+
+    Raises:
+        AbsentError: a known one is not there, and ``download`` is false.
+        InputError: one is missing, damaged, too small for what the run asks, or too poor in classes.
+    """
+    dataset = load(config.dataset, data_dir, download=download)
+    if config.watermarks and "triggers" in config.key_filter.pool.parts:
+        raise InputError("key_filter.pool: 'triggers' is for attackers' pools; the owner's filter has no use for it")
+    foreign = {
+        name: without_test_images(training_images(name, data_dir, download=download), dataset, name)
+        for name in foreign_names(config, plan)
+    }
+    return World(dataset, foreign)
+
+
+def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
+    """Checks before anything runs that every pool can be built: those of the attackers, and the key filter's with as
+    many images as it asks.
+
+    Raises:
+        InputError: naming the pool and what it lacks.
+    """
+    if config.watermarks and config.key_filter.stages != "none":
+        _filter_pool_fits(config, world)
+    tried: dict[str, None] = {}
+    triggers = KeySamples(world.dataset.owner.images[:1], world.dataset.owner.labels[:1], world.dataset.classes)
+    for scenario in plan.scenarios:
+        for spec in (pool for stage in scenario.stages for pool in stage.pools):
+            if spec.model_dump_json() in tried:
+                continue
+            tried[spec.model_dump_json()] = None
+            try:
+                world.pool(spec, 4, generator_for("check"), triggers)
+            except InputError as error:
+                raise InputError(f"{config.name}: pool {spec.label}: {error}") from None
+            except (RuntimeError, MemoryError) as error:  # torch's word for too little memory is RuntimeError
+                raise InputError(f"{config.name}: pool {spec.label}: cannot be built: {one_line(error)}") from None
+
+
+def _filter_pool_fits(config: RunConfig, world: World) -> None:
+    rule = config.key_filter
+    try:
+        count = pool_size(
+            rule.pool,
+            dataset=world.dataset,
+            count=rule.queries,
+            foreign=lambda name: world.foreign[name],
+            triggers=None,
+        )
+    except InputError as error:
+        raise InputError(f"{config.name}: key_filter: {error}") from None
+    needed, there = count * math.prod(world.shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"{config.name}: key_filter.queries: {rule.queries}: pool {rule.pool.label} of {count:,} images takes "
+            f"{needed / 2**30:,.0f} GB, this machine has {there / 2**30:,.0f} GB of memory"
+        )
+
+
+def labels_fit(plan: Plan, dataset: Dataset) -> None:
+    """Checks before anything runs that no answer mode keeps more classes than there are.
+
+    Raises:
+        InputError: naming the mode and the number of classes.
+    """
+    modes = {stage.labels: "labels" for scenario in plan.scenarios for stage in scenario.stages}
+    modes |= {spec.key_filter.labels: "key_filter.labels" for spec in plan.victims if spec.key_filter}
+    for mode, where in modes.items():
+        if most_kept(mode) > dataset.classes:
+            raise InputError(
+                f"{where}: {mode!r} keeps {most_kept(mode)} classes, {dataset.name} has {dataset.classes}: "
+                f"top-1 to top-{dataset.classes} are allowed"
+            )
+
+
+def watermarks_fit(plan: Plan, dataset: Dataset) -> None:
+    """Checks before anything runs that every watermark scheme can mark a model of this data set.
+
+    Raises:
+        InputError: naming the scheme and what is wrong.
+    """
+    for spec in plan.victims:
+        if spec.watermark is not None:
+            spec.watermark.check(dataset)
+
+
+def architectures_fit(plan: Plan, dataset: Dataset) -> None:
+    """Checks before anything runs that every architecture takes the images' size.
+
+    Raises:
+        InputError: naming the architecture and the smallest size it takes.
+    """
+    names = {spec.architecture for spec in plan.benigns}
+    optional = {spec.key_filter.architecture for spec in plan.victims if spec.key_filter}
+    optional |= {stage.architecture for scenario in plan.scenarios for stage in scenario.stages}
+    for name in sorted(names | {name for name in optional if name}):
+        with torch.device("meta"):
+            build(name, channels=dataset.channels, size=dataset.size, classes=dataset.classes)

@@ -1,0 +1,189 @@
+"""The thief's side: run a scenario against a prediction service."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import torch
+from torch import nn
+
+from simulator.attacks.base import NO_SNAPSHOTS, Snapshots
+from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
+from simulator.data.dataset import Dataset
+from simulator.detectors.base import Detection, Detector, watches
+from simulator.experiment.world import World
+from simulator.models import Classifier, build, from_bytes, to_bytes
+from simulator.ownership.key import KeySamples
+from simulator.plan.subjects import Scenario
+from simulator.progress import Progress, prefixed, silent
+from simulator.seeding import generator_for
+from simulator.service.oracle import AllowanceOracle, ModelOracle, Oracle, ServiceOracle, SharedOracle, Transport
+
+
+def build_surrogate(
+    architecture: str, dataset: Dataset, device: torch.device, generator: torch.Generator
+) -> Classifier:
+    """A fresh model of a thief, who does not know the owner's normalisation."""
+    model = build(
+        architecture, channels=dataset.channels, size=dataset.size, classes=dataset.classes, generator=generator
+    )
+    return model.to(device)
+
+
+def steal(
+    scenario: Scenario,
+    world: World,
+    oracle: Oracle,
+    triggers: KeySamples | None,
+    device: torch.device,
+    progress: Progress = silent,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
+    snapshots: Snapshots = NO_SNAPSHOTS,
+) -> Classifier:
+    """Runs the stages of a scenario and returns the last stolen model, in evaluation mode.
+
+    The first stage queries ``oracle``; each further one queries the model that the stage before it stole. Only an
+    attack of one stage and one round keeps its state in ``checkpoint``; the others start again from the beginning.
+    """
+    single = len(scenario.stages) == 1 and len(scenario.stages[0].pools) == 1
+    dataset = world.dataset
+    model: Classifier | None = None
+    for number, stage in enumerate(scenario.stages):
+        generator = generator_for("steal", scenario.id, number)
+        if model is not None:
+            oracle = ModelOracle(
+                model, labels=stage.labels, classes=dataset.classes, shape=world.shape, budget=stage.budget
+            )
+        surrogate = build_surrogate(stage.architecture or scenario.victim.architecture, dataset, device, generator)
+        listener = prefixed(progress, f"stage {number + 1}") if len(scenario.stages) > 1 else progress
+        for count, spec in enumerate(stage.pools):
+            allowance = oracle.remaining // (len(stage.pools) - count)
+            stolen = stage.attack.extract(
+                AllowanceOracle(oracle, allowance),
+                surrogate,
+                world.pool(spec, 1 if stage.attack.data_free else allowance, generator, triggers),
+                generator=generator,
+                progress=listener,
+                checkpoint=checkpoint if single else NO_CHECKPOINT,
+                snapshots=snapshots,
+            )
+            assert isinstance(stolen, Classifier)
+            surrogate = stolen
+        model = surrogate.eval()
+    assert model is not None
+    return model
+
+
+@dataclass(frozen=True)
+class Theft:
+    """What an attacker brings home.
+
+    Attributes:
+        queries: victim images it asked and was answered, by its own count.
+        transfer_sets: what each account asked and was answered, as a safetensors file, if that is kept.
+        snapshots: the model at stages of the budget: number of queries, and model.
+        detections: what each detector has found of each account.
+    """
+
+    model: Classifier
+    queries: int
+    seconds: float
+    started: datetime
+    transfer_sets: Mapping[str, bytes] = field(default_factory=dict)
+    snapshots: tuple[tuple[int, Classifier], ...] = ()
+    detections: tuple[Detection, ...] = ()
+
+
+@dataclass
+class Curve:
+    """Keeps the models of the stages of a budget."""
+
+    at: tuple[int, ...]
+    models: dict[int, Classifier] = field(default_factory=dict)
+
+    def take(self, queries: int, model: nn.Module) -> None:
+        """See :class:`simulator.attacks.base.Snapshots`."""
+        assert isinstance(model, Classifier)
+        self.models[queries] = copy.deepcopy(model).cpu().eval()
+
+
+class AttackerCheckpoint:
+    """An attacker's checkpoint: the attack's state together with its oracles' counters and its curve."""
+
+    def __init__(self, inner: Checkpoint, oracles: Sequence[ServiceOracle], curve: Curve) -> None:
+        self._inner, self._oracles, self._curve = inner, oracles, curve
+
+    def load(self) -> State | None:
+        """See :class:`Checkpoint`; sets the oracles and the curve back to where they were."""
+        state = self._inner.load()
+        if state is not None:
+            for oracle, counters in zip(self._oracles, state.pop("oracles"), strict=True):
+                oracle.restore(*counters)
+            for queries in state.pop("curve"):
+                data = state.pop(f"curve.{queries}")
+                self._curve.models[queries] = from_bytes(data.numpy().tobytes())
+        return state
+
+    def due(self) -> bool:
+        """See :class:`Checkpoint`."""
+        return self._inner.due()
+
+    def save(self, state: State) -> None:
+        """See :class:`Checkpoint`."""
+        models = {
+            f"curve.{queries}": torch.frombuffer(bytearray(to_bytes(model)), dtype=torch.uint8)
+            for queries, model in self._curve.models.items()
+        }
+        counters = [list(oracle.counters()) for oracle in self._oracles]
+        self._inner.save({**state, **models, "curve": list(self._curve.models), "oracles": counters})
+
+
+def run_scenario(
+    scenario: Scenario,
+    world: World,
+    transport: Transport,
+    tokens: Mapping[str, str],
+    triggers: KeySamples | None,
+    device: torch.device,
+    progress: Progress = silent,
+    *,
+    record: bool = False,
+    detectors: Sequence[Detector] = (),
+    checkpoint: Checkpoint = NO_CHECKPOINT,
+) -> Theft:
+    """Runs a scenario against a prediction service, whose accounts are already open; ``tokens`` has the secret of each.
+
+    With ``record``, the transfer sets are kept; with ``detectors``, each account is watched. What was asked before an
+    attack went on from a checkpoint would be missing from both, so the checkpoint is left alone then: a theft that is
+    started again begins anew, and pays nothing twice.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    if record or detectors:
+        checkpoint = NO_CHECKPOINT
+    oracles = [
+        ServiceOracle(
+            transport,
+            account,
+            tokens[account],
+            labels=scenario.stages[0].labels,
+            classes=world.dataset.classes,
+            shape=world.shape,
+            budget=budget,
+            record=record,
+            watched=watches(detectors),
+        )
+        for account, budget in scenario.accounts.items()
+    ]
+    oracle = oracles[0] if len(oracles) == 1 else SharedOracle(oracles)
+    curve = Curve(scenario.stages[0].curve)
+    keeper = AttackerCheckpoint(checkpoint, oracles, curve)
+    model = steal(scenario, world, oracle, triggers, device, progress, keeper, curve)
+    transfer_sets = {each.account: each.transfer_set() for each in oracles if each.asked} if record else {}
+    queries = sum(each.asked for each in oracles)
+    seconds = time.perf_counter() - clock
+    found = tuple(detection for each in oracles for detection in each.detections())
+    return Theft(model, queries, seconds, started, transfer_sets, tuple(sorted(curve.models.items())), found)

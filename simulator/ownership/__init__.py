@@ -1,0 +1,1 @@
+"""The owner proves: keys, and the tests that ask a suspect."""

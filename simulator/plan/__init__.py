@@ -1,0 +1,1 @@
+"""What will be made: the configuration, the tree of models, and what it costs."""

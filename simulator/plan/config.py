@@ -1,0 +1,260 @@
+"""A run's configuration: one YAML file, strict, with ``--set key=value`` overrides.
+
+The file is a preset's name (``digits``) or a path. Everything that can be wrong in it is refused with one line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+
+from simulator.attacks.base import ATTACKS
+from simulator.component import Settings, describe, one_of
+from simulator.data.dataset import DataConfig
+from simulator.data.pool import PoolSpec
+from simulator.detectors.base import DETECTORS, BenignClients
+from simulator.errors import InputError
+from simulator.models import ARCHITECTURES
+from simulator.ownership.key_filter import KeyFilter
+from simulator.ownership.wsr import Verification
+from simulator.plan.settings_file import apply_override, as_line, dump_yaml, read_settings
+from simulator.service.answers import Labels
+from simulator.service.victim import Precision
+from simulator.training.recipe import Recipe
+from simulator.watermarks.base import WATERMARKS
+
+
+def _many(value: object) -> object:
+    """One value where a grid of several is allowed."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _dataset(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise InputError(one_of(name, list(ARCHITECTURES)))
+    return name
+
+
+Architecture = Annotated[str, AfterValidator(_architecture)]
+# rows hold 64-bit integers
+Budget = Annotated[int, Field(ge=1, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PoolField = Annotated[PoolSpec, BeforeValidator(PoolSpec.parse)]
+
+
+class StageConfig(Settings):
+    """One theft of a scenario: which attack, with which images, answers, architecture and budget (in images).
+
+    Attributes:
+        architecture: the victim's own if it is not given.
+        rounds: pools in place of ``pool``, asked one after the other with an equal share of the budget each, while the
+            stolen model goes on learning: the continuous distribution shift of DeepTracer's Table 13 (c).
+        accounts: colluding attackers, each with an account and an equal share of the budget, who pool what they get.
+        curve: numbers of queries at which the stolen model is measured, too, ascending.
+    """
+
+    attack: ATTACKS.field()  # type: ignore[valid-type]
+    pool: PoolField = PoolSpec(parts={"patches": 1.0})
+    labels: Labels = "soft"
+    architecture: Architecture | None = None
+    budget: Budget = 8000
+    rounds: tuple[PoolField, ...] = ()
+    accounts: int = Field(1, ge=1, le=10_000)
+    curve: tuple[Budget, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageConfig:
+        if self.curve and (self.rounds or list(self.curve) != sorted(set(self.curve)) or self.curve[-1] >= self.budget):
+            raise InputError(
+                f"curve: {list(self.curve)} must ascend, end below the budget {self.budget}, and not meet 'rounds'"
+            )
+        if self.accounts > self.budget or len(self.rounds) > self.budget:
+            raise InputError(f"budget: {self.budget} images are too few for {self.accounts} accounts or the rounds")
+        return self
+
+    @property
+    def pools(self) -> tuple[PoolSpec, ...]:
+        """Every pool that is asked, in order."""
+        return self.rounds or (self.pool,)
+
+    @property
+    def pool_label(self) -> str:
+        """Its pools as they stand in a row; ``none`` for an attack that needs no data."""
+        return "none" if self.attack.data_free else " then ".join(dict.fromkeys(pool.label for pool in self.pools))
+
+
+class ScenarioConfig(Settings):
+    """A grid of scenarios: every field but ``attack`` may be a list, and all combinations are run.
+
+    ``stages`` describes a theft from a theft in place of the other fields: each stage but the first queries the model
+    stolen by the stage before, which costs no victim query.
+    """
+
+    attack: ATTACKS.field() | None = None  # type: ignore[valid-type]
+    pool: Annotated[tuple[PoolField, ...], BeforeValidator(_many)] = (PoolSpec(parts={"patches": 1.0}),)
+    labels: Annotated[tuple[Labels, ...], BeforeValidator(_many)] = ("soft",)
+    architecture: Annotated[tuple[Architecture | None, ...], BeforeValidator(_many)] = (None,)
+    budget: Annotated[tuple[Budget, ...], BeforeValidator(_many)] = (8000,)
+    rounds: tuple[PoolField, ...] = ()
+    accounts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_many)] = (1,)
+    curve: tuple[Budget, ...] = ()
+    stages: tuple[StageConfig, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ScenarioConfig:
+        if (self.attack is None) == (self.stages is None):
+            raise InputError("a scenario has either 'attack' or 'stages'")
+        # to_yaml writes the defaults out: they say nothing
+        fields = type(self).model_fields.items()
+        other = any(getattr(self, name) != field.default for name, field in fields if name != "stages")
+        if self.stages is not None and (len(self.stages) < 2 or other):
+            raise InputError("'stages' needs two entries or more, and no other key beside it")
+        if self.stages is not None and any(stage.curve or stage.accounts > 1 for stage in self.stages):
+            raise InputError("stages: 'curve' and 'accounts' are for scenarios of one stage")
+        for field in ("pool", "labels", "architecture", "budget", "accounts"):
+            if not getattr(self, field):
+                raise InputError(f"{field}: an empty list runs nothing")
+        try:
+            self.expand()
+        except ValidationError as error:
+            raise InputError(describe(error)) from None
+        return self
+
+    def expand(self) -> list[tuple[StageConfig, ...]]:
+        """The stages of every scenario of the grid."""
+        if self.stages is not None:
+            return [self.stages]
+        return [
+            (
+                StageConfig(
+                    attack=self.attack,
+                    pool=pool,
+                    labels=labels,
+                    architecture=architecture,
+                    budget=budget,
+                    rounds=self.rounds,
+                    accounts=accounts,
+                    curve=self.curve,
+                ),
+            )
+            for architecture in self.architecture
+            for pool in self.pool
+            for labels in self.labels
+            for budget in self.budget
+            for accounts in self.accounts
+        ]
+
+
+class Resources(Settings):
+    """How a run uses a Ray cluster. Shares are of a GPU where the run uses GPUs, else of a CPU. The defaults fit one.
+
+    Attributes:
+        attackers: how many attackers work at once; ``"auto"`` is as many as fit, and without GPUs no more than cores.
+        attacker, trainer, victim, collector: share of each actor.
+        trainers: how many victims are trained at once.
+        replicas: of the prediction service.
+        precision: of the victims' answers; ``half`` computes in 16 bits on a GPU, and is ``full`` without one.
+        collectors: how many processes measure stolen models, all on the driver's node, where they write the rows.
+    """
+
+    attackers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    attacker: float = Field(0.5, gt=0)
+    trainer: float = Field(0.25, gt=0)
+    trainers: int = Field(1, ge=1)
+    victim: float = Field(0.125, gt=0)
+    replicas: int = Field(1, ge=1)
+    collector: float = Field(0.125, ge=0)
+    precision: Precision = "full"
+    collectors: int = Field(1, ge=1)
+
+
+class RunConfig(Settings):
+    """Everything that decides a run's rows, and how it is run.
+
+    Attributes:
+        name: of the run, in its directory's name and its report.
+        seeds: everything is repeated for each.
+        dataset: the victim's task.
+        architecture, training: of the benign model and of the marked victims.
+        watermarks: a victim is trained for each.
+        key_filter, verification: how keys are chosen and judged.
+        scenarios: the thefts, each from every victim.
+        controls: run every theft from the benign model, too.
+        accuracy_tolerance: a victim whose accuracy is more than this below the benign model's is reported loudly.
+        device: ``auto`` uses GPUs where there are any; ``cuda`` demands one.
+        save_transfer_sets: keep what every attacker asked and was answered, under ``transfer/``.
+        sync_ledger: wait for the disk at every grant, so that the account survives a crash of the machine.
+        query_log: keep a log of every query under ``queries/`` (see :mod:`simulator.service.log`).
+        detectors: watch every account with each of them; see the columns ``detected_at`` and ``false_alarms``.
+        benign_clients: whom the false alarms are counted on.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_many)] = (0,)
+    dataset: Annotated[DataConfig, BeforeValidator(_dataset)]
+    architecture: Architecture = "naivenet"
+    training: Recipe = Recipe()
+    watermarks: tuple[WATERMARKS.field(), ...]  # type: ignore[valid-type]
+    key_filter: KeyFilter = KeyFilter()
+    verification: Verification = Verification()
+    scenarios: tuple[ScenarioConfig, ...] = ()
+    controls: bool = True
+    accuracy_tolerance: float = Field(0.02, ge=0, le=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resources: Resources = Resources()
+    save_transfer_sets: bool = False
+    sync_ledger: bool = False
+    query_log: bool = False
+    detectors: tuple[DETECTORS.field(), ...] = ()  # type: ignore[valid-type]
+    benign_clients: BenignClients = BenignClients()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> RunConfig:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: {list(self.seeds)} must be at least one, all different")
+        if self.key_filter.architecture not in (None, *ARCHITECTURES):
+            raise InputError(f"key_filter.architecture: {one_of(self.key_filter.architecture, list(ARCHITECTURES))}")
+        return self
+
+    def to_json(self) -> str:
+        """The resolved configuration as canonical JSON."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that :func:`read_config` reads back to an equal one."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def read_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a preset's name or a YAML file, with ``key.path=value`` overrides applied.
+
+    Raises:
+        InputError: no such preset or file, not YAML, or a wrong key or value.
+    """
+    data = read_settings(source)
+    for override in overrides:
+        apply_override(data, override)
+    return check_config(data, as_line(source))
+
+
+def check_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """The configuration in plain data.
+
+    Raises:
+        InputError: naming the key, the value and what is allowed.
+    """
+    try:
+        return RunConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise InputError(f"{source}: {describe(error, RunConfig)}") from None
+    except RecursionError:
+        raise InputError(f"{source}: values are nested too deeply") from None
+    except (TypeError, ValueError, OSError) as error:  # a YAML set, a list inside itself, a path the system refuses
+        raise InputError(f"{source}: {error}") from None

@@ -1,0 +1,347 @@
+"""What a plan will cost, before it runs: images trained on and answered, time, and memory.
+
+The model of the cost:
+
+- A training step on an image costs a forward and a backward pass, three forward passes in all; answering and measuring
+  cost one. What is counted is image passes, by architecture.
+- Seconds for one image are measured here and now, in a second or so for each architecture (:func:`calibrate`), on one
+  thread, as an actor computes. Operations are counted by torch's own counter on tensors without data.
+- Not counted: starting processes, reading data, making pools and triggers, an attack's own search (k-center, a bandit's
+  policy), the generator of a data-free attack, and the way of a query through the service. docs/cluster.md compares
+  estimates with runs.
+
+Where a watermark's or an attack's schedule is not a plain number of epochs, the sums below say how it is simplified.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from simulator.attacks.base import TransferSetAttack
+from simulator.attacks.parts.data_free import DataFreeAttack
+from simulator.data.dataset import Outline
+from simulator.models import build
+from simulator.models.classifier import parameter_count
+from simulator.plan.config import RunConfig, StageConfig
+from simulator.plan.subjects import OwnerModel, Plan, Scenario
+from simulator.training.predict import predict, to_input
+from simulator.training.recipe import Recipe, cross_entropy
+from simulator.watermarks.base import Watermark
+
+#: operations of a training step over those of a forward pass
+BACKWARD = 3
+#: bytes a parameter takes in training: itself, its gradient, and an optimiser's two moments
+TRAINED = 16
+#: resident bytes of a process with torch and Ray in it before it computes anything, measured
+PROCESS = 750 << 20
+#: operations a second that a GPU is assumed to sustain on small images; not measured, its peak is many times that
+GPU_RATE = 1e12
+#: seconds of measuring for each architecture
+PATIENCE = 0.4
+#: operations of a step that is measured, at most, unless that is less than two images: half a second or so of a core
+STEP = 10**10
+#: images of a step that is measured, at most
+IMAGES = 256
+
+
+@dataclass
+class Work:
+    """Image passes by architecture: trained (forward and backward) and answered (forward)."""
+
+    trained: Counter[str] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Work) -> None:
+        """Takes another's work on top."""
+        self.trained.update(other.trained)
+        self.answered.update(other.answered)
+
+    @property
+    def architectures(self) -> set[str]:
+        """Every architecture that computes."""
+        return set(self.trained) | set(self.answered)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one architecture: seconds to train on and to answer one image, and operations of a forward pass."""
+
+    train: float
+    answer: float
+    operations: int
+
+    def seconds(self, name: str, work: Work) -> float:
+        """How long this architecture's part of the work takes on one thread."""
+        return self.train * work.trained[name] + self.answer * work.answered[name]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run costs.
+
+    Attributes:
+        owners, thefts: seconds on one thread of each owner's model and of each scenario, in the plan's order.
+        serving, measuring: seconds on one thread of all answers of the victims, and of all measuring.
+        memory: bytes of an actor that trains, by architecture.
+        queries: victim images at most.
+        trained: images that are trained on, counted once an epoch.
+        operations: floating-point operations, all together.
+    """
+
+    owners: tuple[float, ...]
+    thefts: tuple[float, ...]
+    serving: float
+    measuring: float
+    memory: dict[str, int]
+    queries: int
+    trained: int
+    operations: float
+
+    @property
+    def seconds(self) -> float:
+        """On one thread, all together."""
+        return sum(self.owners) + sum(self.thefts) + self.serving + self.measuring
+
+    def wall(self, attackers: int, trainers: int, replicas: int, collectors: int, threads: float) -> float:
+        """Seconds of the clock with so many actors at once on so many threads, at best.
+
+        Thefts are shared out evenly, and none is shorter than the longest of them; owners' models come first, and
+        serving and measuring go on while thefts do.
+        """
+
+        def shared(parts: Iterable[float], workers: int) -> float:
+            found = list(parts)
+            return max(sum(found) / workers, max(found, default=0.0))
+
+        thefts = max(shared(self.thefts, attackers), self.serving / replicas, self.measuring / collectors)
+        return max(shared(self.owners, trainers) + thefts, self.seconds / max(threads, 1))
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        parts = {"owner": self.owners, "thefts": self.thefts, "serving": [self.serving], "measuring": [self.measuring]}
+        shares = ", ".join(f"{name} {span(sum(seconds))}" for name, seconds in parts.items())
+        gpu = self.operations / (GPU_RATE * 3600)
+        each = ", ".join(f"{name} {size / 2**30:.1f} GB" for name, size in self.memory.items())
+        return [
+            f"estimate: {self.trained:,} images trained on (once an epoch), {self.operations / 1e12:.3g} Tflop",
+            f"time: {self.seconds / 3600:.3g} CPU-hours of this machine ({shares}); or about {gpu:.2g} GPU-hours at an "
+            f"assumed {GPU_RATE / 1e12:g} Tflop/s",
+            f"memory of an actor that trains: {each}",
+        ]
+
+
+def span(seconds: float) -> str:
+    """``7 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def estimate(config: RunConfig, plan: Plan, data: Outline, speeds: dict[str, Speed]) -> Estimate:
+    """The estimate of a plan, with the speeds of all architectures that :func:`architectures` names."""
+    owners = [owner_work(spec, data) for spec in (*plan.benigns, *plan.victims)]
+    thefts = [theft_work(scenario, data) for scenario in plan.scenarios]
+    serving, measuring = Work(), Work()
+    for scenario in plan.scenarios:
+        serving.answered[scenario.victim.architecture] += scenario.budget
+        last = scenario.stages[-1].architecture or scenario.victim.architecture
+        points = 1 + len(scenario.stages[0].curve)
+        measuring.answered[last] += points * len(plan.keys_for(scenario)) * (data.test + config.key_filter.keep)
+    for spec in plan.victims:
+        measuring.answered[spec.architecture] += 2 * (data.test + config.key_filter.keep)
+    total = Work()
+    for part in (*owners, *thefts, serving, measuring):
+        total.add(part)
+
+    def seconds(work: Work) -> float:
+        return sum(speeds[name].seconds(name, work) for name in work.architectures)
+
+    operations = sum(
+        speeds[name].operations * (BACKWARD * total.trained[name] + total.answered[name])
+        for name in total.architectures
+    )
+    batch = max([config.training.batch_size, *(_recipe(stage).batch_size for stage in _stages(plan))])
+    return Estimate(
+        owners=tuple(seconds(work) for work in owners),
+        thefts=tuple(seconds(work) for work in thefts),
+        serving=seconds(serving),
+        measuring=seconds(measuring),
+        memory={name: memory(name, data, batch) for name in sorted(total.trained)},
+        queries=sum(scenario.budget for scenario in plan.scenarios),
+        trained=sum(total.trained.values()),
+        operations=float(operations),
+    )
+
+
+def architectures(plan: Plan) -> list[str]:
+    """Every architecture of a plan."""
+    owners = {spec.architecture for spec in plan.benigns}
+    filters = {spec.key_filter.architecture for spec in plan.victims if spec.key_filter}
+    thieves = {stage.architecture for stage in _stages(plan)}
+    return sorted(name for name in owners | filters | thieves if name)
+
+
+def _stages(plan: Plan) -> list[StageConfig]:
+    return [stage for scenario in plan.scenarios for stage in scenario.stages]
+
+
+def owner_work(spec: OwnerModel, data: Outline) -> Work:
+    """Of training one of the owner's models, and of its key filter."""
+    work = Work()
+    if spec.watermark is None:
+        work.trained[spec.architecture] += data.owner * spec.training.epochs
+        return work
+    work.trained[spec.architecture] += round(data.owner * watermark_epochs(spec.watermark, spec.training))
+    rule = spec.key_filter
+    if rule is not None and rule.stages != "none":
+        work.trained[rule.architecture or spec.architecture] += rule.queries * rule.training.epochs
+        work.answered[spec.architecture] += rule.queries
+    return work
+
+
+def watermark_epochs(watermark: Watermark, recipe: Recipe) -> float:
+    """How often a scheme goes through the owner's images, with its triggers on top.
+
+    The schedules of the known schemes: two phases, each with its share of triggers (``first_epochs`` and its like); a
+    second stage after the recipe's (``embedding_epochs``, ``fine_tuning_epochs``); otherwise the recipe's epochs, with
+    ``ratio`` (or ``trigger_share``) as many triggers as images. EWE's two phases make up the recipe's epochs.
+    """
+    settings = watermark.params()
+
+    def given(name: str, default: float) -> float:
+        value = settings.get(name)
+        return default if value is None else float(value)
+
+    if "second_epochs" in settings:
+        first, second = (given(f"{phase}_epochs", recipe.epochs) for phase in ("first", "second"))
+        return first * (1 + given("first_ratio", given("ratio", 0))) + second * (1 + given("second_ratio", 0))
+    if "watermark_epochs" in settings:
+        clean = given("clean_epochs", max(1, recipe.epochs // 3))
+        triggers = 1 / given("clean_batches", 1)
+        return clean + given("watermark_epochs", max(1, recipe.epochs - clean)) * (1 + triggers)
+    extra = given("embedding_epochs", recipe.epochs) if "embedding_epochs" in settings else 0.0
+    extra += given("fine_tuning_epochs", 0)
+    share = given("trigger_share", given("ratio", 0))
+    return recipe.epochs * (1 + share) + extra
+
+
+def theft_work(scenario: Scenario, data: Outline) -> Work:
+    """Of all stages of a theft. The victim's answers to the first stage are not in it; those of a stolen model are."""
+    work, before = Work(), ""
+    for number, stage in enumerate(scenario.stages):
+        name = stage.architecture or scenario.victim.architecture
+        if number:
+            work.answered[before] += stage.budget
+        work.trained[name] += stage_images(stage, data)
+        before = name
+    return work
+
+
+def stage_images(stage: StageConfig, data: Outline) -> int:
+    """Images that one stage trains its copies on, counted once an epoch.
+
+    Data-free attacks train as often as they ask for their student, and again for each replay step. Others train on the
+    transfer set in the recipe's epochs, anew for each point of a curve; JBDA and ActiveThief also between their rounds,
+    where the set has grown so far.
+    """
+    attack, recipe = stage.attack, _recipe(stage)
+    if isinstance(attack, DataFreeAttack):
+        asked = attack.student_steps + attack.generator_steps * attack.generator_cost(stage.labels)
+        rounds = stage.budget / (recipe.batch_size * max(1, asked))
+        return math.ceil(rounds * recipe.batch_size * (attack.student_steps + attack.replay_steps) * attack.students)
+    pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
+    sizes = [pools.get(name, stage.budget) for pool in stage.pools for name in pool.parts]
+    transfer = min(stage.budget, sum(sizes))
+    settings = attack.params()
+    images = sum((*stage.curve, transfer)) * recipe.epochs
+    if "round_training" in settings:
+        grown = [int(settings["seeds"]) * 2**number for number in range(int(settings["rounds"]))]
+        transfer = min(transfer, int(settings["seeds"]) * 2 ** int(settings["rounds"]))
+        images = sum((*stage.curve, transfer)) * recipe.epochs
+        images += sum(min(size, transfer) for size in grown) * int(settings["round_training"]["epochs"])
+    if "iterations" in settings and settings.get("strategy") != "random":
+        epochs = (settings.get("selection_training") or {"epochs": recipe.epochs})["epochs"]
+        first, steps = float(settings["initial"]), int(settings["iterations"])
+        images += round(sum(transfer * (first + (1 - first) * number / steps) for number in range(steps)) * epochs)
+    return images
+
+
+def _recipe(stage: StageConfig) -> Recipe:
+    attack = stage.attack
+    found = attack.training if isinstance(attack, TransferSetAttack | DataFreeAttack) else Recipe()
+    assert isinstance(found, Recipe)
+    return found
+
+
+def operations(name: str, data: Outline) -> int:
+    """Floating-point operations of one image's forward pass: 2 for each multiplication and addition."""
+    with torch.device("meta"):
+        model = build(name, channels=data.channels, size=data.size, classes=data.classes).eval()
+        images = torch.empty(1, data.channels, data.size, data.size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.to("meta")(images)
+    return int(counter.get_total_flops())
+
+
+def memory(name: str, data: Outline, batch: int) -> int:
+    """Bytes of a process that trains this architecture: torch itself, the parameters with their optimiser, and the
+    outputs of all layers of a batch, once for the forward and once for the backward pass."""
+    with torch.device("meta"):
+        model = build(name, channels=data.channels, size=data.size, classes=data.classes).to("meta").eval()
+        images = torch.empty(1, data.channels, data.size, data.size)
+    outputs: list[int] = []
+    for module in model.modules():
+        if not any(module.children()):
+            module.register_forward_hook(lambda _, __, output: outputs.append(4 * output.numel()))
+    with torch.no_grad():
+        model(images)
+    return PROCESS + TRAINED * parameter_count(model) + 2 * batch * sum(outputs)
+
+
+def calibrate(name: str, data: Outline, batch: int, patience: float = PATIENCE) -> Speed:
+    """Measures one architecture on this machine, on as many threads as torch has now.
+
+    CPU time of this process is taken, not the clock's: other work on the machine then does not count. A batch is cut to
+    what takes a moment: for nets that need many operations an image, its size hardly changes the time for one.
+    """
+    passes = operations(name, data)
+    batch = max(2, min(batch, IMAGES, STEP // (BACKWARD * max(1, passes))))  # normalisation needs two
+    model = build(name, channels=data.channels, size=data.size, classes=data.classes)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, data.channels, data.size, data.size)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    labels = torch.arange(batch) % data.classes
+    optimizer = Recipe().build(model.parameters())
+    device = torch.device("cpu")
+
+    def step() -> None:
+        loss = cross_entropy(model, to_input(images, device), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with torch.random.fork_rng():
+        train = _fastest(step, patience) / batch
+        answer = _fastest(lambda: predict(model, images), patience / 2) / batch
+    return Speed(train, answer, passes)
+
+
+def _fastest(step: object, patience: float) -> float:
+    """Median of the CPU seconds of a step, over as many as ``patience`` seconds allow; the first, which warms up, only
+    counts where there is no time for another."""
+    assert callable(step)
+    found: list[float] = []
+    until = time.process_time() + patience
+    while not found or (len(found) < 50 and time.process_time() < until):
+        clock = time.process_time()
+        step()
+        found.append(time.process_time() - clock)
+    later = sorted(found[1:] or found)
+    return later[len(later) // 2]

@@ -1,0 +1,91 @@
+"""What detectors found, client by client, as ``detections/*.parquet``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from simulator.component import Settings
+from simulator.detectors.base import Detection, Detector
+from simulator.records.parquet import write_part
+
+#: a client's source of images: ``attack`` is an attacker, the others are benign clients
+Source = Literal["attack", "test", "held-out"]
+
+
+class ClientRecord(Settings):
+    """One client and one detector.
+
+    ``id`` is a theft's ``scenario_id``, or the victim's id for benign clients; ``client`` the account, or the benign
+    client's number; ``attack`` is None for benign clients. The other fields are those of
+    :class:`simulator.detectors.base.Watch`; of a client that was not noticed, ``statistic`` is the most suspicious.
+    """
+
+    id: str
+    victim: str
+    source: Source
+    attack: str | None = None
+    client: str
+    detector: str
+    detector_params: str
+    queries: Annotated[int, Field(ge=0)]
+    detected_at: int | None
+    statistic: float | None
+
+
+_TEXT = pa.string()
+
+
+#: the columns of ``detections/*.parquet``
+SCHEMA = pa.schema(
+    [
+        pa.field("id", _TEXT, nullable=False),
+        pa.field("victim", _TEXT, nullable=False),
+        pa.field("source", _TEXT, nullable=False),
+        pa.field("attack", _TEXT),
+        pa.field("client", _TEXT, nullable=False),
+        pa.field("detector", _TEXT, nullable=False),
+        pa.field("detector_params", _TEXT, nullable=False),
+        pa.field("queries", pa.int64(), nullable=False),
+        pa.field("detected_at", pa.int64()),
+        pa.field("statistic", pa.float64()),
+    ]
+)
+
+
+def write_detections(
+    run_dir: Path,
+    id_: str,
+    victim: str,
+    found: Mapping[Source, Sequence[Detection]],
+    config_json: str,
+    attack: str | None = None,
+) -> Path:
+    """Writes ``detections/part-<id>.parquet``, replacing an earlier one."""
+    records = [
+        ClientRecord(
+            id=id_,
+            victim=victim,
+            source=source,
+            attack=attack,
+            client=each.client,
+            detector=each.detector.name,
+            detector_params=each.detector.params_json(),
+            queries=each.queries,
+            detected_at=each.detected_at,
+            statistic=each.statistic,
+        )
+        for source, several in found.items()
+        for each in several
+    ]
+    return write_part(run_dir / "detections" / f"part-{id_}.parquet", records, SCHEMA, config_json)
+
+
+def detectors_json(detectors: Sequence[Detector]) -> str | None:
+    """The detectors as they stand in a row; None without any."""
+    return json.dumps([each.model_dump(mode="json") for each in detectors], sort_keys=True) if detectors else None

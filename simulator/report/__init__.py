@@ -1,0 +1,1 @@
+"""What is read: tables, plots and pages, from the records alone."""

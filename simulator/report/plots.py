@@ -1,0 +1,227 @@
+"""The plots of a report: WSR against accuracy, and both against the query budget.
+
+Made with :class:`matplotlib.figure.Figure` alone: no pyplot, no global state, no display. The same rows give the same
+SVG, byte for byte. Colour and shape of a marker say the attack, a hollow marker is a control.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from simulator.records.rows import Row
+from simulator.report.lines import Labels, Line, by_construction, is_control, stat
+
+#: Okabe and Ito's palette, told apart by the colour-blind; without yellow and black, which vanish on light or dark
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "<", ">")
+INK, PAPER, GRID = "#1f2328", "#ffffff", "#8b949e"
+STYLE = {
+    **{"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "text.parse_math": False},
+    **{"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK},
+    **{"figure.facecolor": PAPER, "axes.facecolor": PAPER, "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.grid": True, "grid.color": GRID, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "exsim"},
+}
+#: points of WSR by which a control is moved at most
+JITTER = 1.5
+_BARE = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def wsr_vs_accuracy(found: Sequence[Line], threshold: float, *, filtered: bool = True) -> str:
+    """One point a measured model with the Wilson interval of its WSR, one panel a watermark; SVG.
+
+    Controls, which often have the same WSR of 0, are moved up or down by at most :data:`JITTER`, each always alike.
+
+    Args:
+        found: the lines of a report.
+        threshold: the WSR above which a model counts as stolen, in (0, 1).
+        filtered: a key filter chose the key samples: what it makes of a benign model's and a victim's WSR has no
+            interval.
+    """
+    labels = Labels(found)
+    rows = [row for row in _rows(found) if row.accuracy is not None and row.wsr is not None]
+    panels = _panels(rows, labels)
+    looks = _looks(sorted({_attack(row) for row in rows if row.role == "stolen"}))
+    with matplotlib.style.context(["default", STYLE]):
+        columns = min(3, max(1, len(panels)))
+        down = -(-len(panels) // columns) or 1
+        width = {1: 6.7, 2: 4.4, 3: 3.3}[columns]
+        figure = Figure(figsize=(1.9 + width * columns, 4.6 if down == 1 else 3.4 * down))
+        figure.set_layout_engine("constrained")
+        grid = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
+        for at, axes in enumerate(grid.flat):
+            axes.set_visible(at < len(panels))
+        for axes, (title, members) in zip(grid.flat, panels.items(), strict=False):
+            axes.set(title=title, ylim=(-4, 104))
+            _threshold(axes, threshold)
+            for row in members:
+                _point(axes, row, looks, filtered)
+        for at, axes in enumerate(grid.flat):
+            if at % columns == 0:
+                axes.set_ylabel("WSR, %")
+            if at + columns >= len(panels):
+                axes.set_xlabel("accuracy, %")
+                axes.xaxis.set_tick_params(labelbottom=True)
+        handles = [_handle(look, label=name) for name, look in looks.items()]
+        handles += [_handle((INK, "*"), label="victim"), _handle((INK, "*"), label="benign model", hollow=True)]
+        if any(is_control(row) for row in rows):
+            handles.append(_handle((INK, "o"), label="hollow: control, stolen\nfrom the benign model", hollow=True))
+        figure.legend(handles=handles, loc="outside right upper")
+        return svg_of(figure)
+
+
+def budget_curves(found: Sequence[Line], threshold: float) -> str | None:
+    """WSR and accuracy against the query budget, one row of panels a watermark, SVG; None if no budget was varied.
+
+    A curve is an attack with its answers, pool and architecture; dotted and hollow is its control. Several seeds are
+    drawn as their mean with one standard deviation, one seed with its Wilson interval.
+    """
+    labels = Labels(found)
+    curves: dict[tuple[str, str], list[Line]] = {}
+    usable = [line for line in found if line.row.role == "stolen" and not line.is_control and not line.failed]
+    for line in sorted(usable, key=lambda line: line.row.budget or 0):
+        if line.row.budget:
+            curves.setdefault((labels.panel(line.row), labels.series(line.row)), []).append(line)
+    curves = {key: points for key, points in curves.items() if len({point.row.budget for point in points}) > 1}
+    if not curves:
+        return None
+    panels = sorted({panel for panel, _ in curves})
+    looks = _looks(sorted({series for _, series in curves}))
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(11.4, 3.7 if len(panels) == 1 else 3.1 * len(panels)))
+        figure.set_layout_engine("constrained")
+        grid = figure.subplots(len(panels), 2, squeeze=False, sharex=True, sharey="col")
+        for (panel, series), points in curves.items():
+            left, right = grid[panels.index(panel)]
+            for pick, hollow in ((lambda line: line.rows, False), (lambda line: line.good_controls, True)):
+                measured = [group for group in map(pick, points) if group]
+                _curve(left, measured, "wsr", looks[series], hollow)
+                _curve(right, measured, "accuracy", looks[series], hollow)
+        budgets = sorted({line.row.budget or 0 for points in curves.values() for line in points})
+        for panel, (left, right) in zip(panels, grid, strict=True):
+            _threshold(left, threshold)
+            left.set(title=panel, ylabel="WSR, %", ylim=(-4, 104))
+            right.set(title=panel, ylabel="accuracy, %")
+            for axes in (left, right):
+                axes.set_xscale("log")
+                if len(budgets) <= 8:
+                    axes.set_xticks(budgets, [f"{budget:,}".replace(",", "\u202f") for budget in budgets])
+                    axes.minorticks_off()
+        for axes in grid[-1]:
+            axes.set_xlabel("query budget")
+        handles = [_handle(look, label=series, line="-") for series, look in looks.items()]
+        handles.append(_handle((INK, "o"), label="dotted, hollow: control", line=":", hollow=True))
+        figure.legend(handles=handles, loc="outside right upper")
+        return svg_of(figure)
+
+
+def inline(svg: str, name: str) -> str:
+    """The SVG as it may stand in a page: transparent, in the page's text colour, naming no address.
+
+    ``name`` goes before every id, as several plots in one page would share those of their letters and markers.
+    """
+    body = svg[svg.index("<svg") :].replace(f"fill: {PAPER}", "fill: none").replace(INK, "currentColor")
+    body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body, count=2).replace("xlink:href=", "href=")
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to a group's id
+    body = re.sub(r'( id="|="#|url\(#)', rf"\g<1>{name}-", body)
+    return re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+
+
+def _rows(found: Iterable[Line]) -> list[Row]:
+    rows = [row for line in found for row in (*line.rows, *line.controls) if row.status == "ok"]
+    return list({row.identity: row for row in rows}.values())  # one control may serve two lines
+
+
+def _panels(rows: Sequence[Row], labels: Labels) -> dict[str, list[Row]]:
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(labels.panel(row), []).append(row)
+    return panels
+
+
+def _attack(row: Row) -> str:
+    name = row.attack or "stolen"
+    return f"{name} → {row.removal}" if row.removal else name
+
+
+def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    return {name: (COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(names)}
+
+
+def _jitter(row: Row) -> float:
+    """How far a control is moved, in points: the same for the same row, whatever is drawn beside it."""
+    return JITTER * (zlib.crc32("/".join(row.identity).encode()) / 2**31 - 1) if is_control(row) else 0.0
+
+
+def _point(axes: Axes, row: Row, looks: dict[str, tuple[str, str]], filtered: bool) -> None:
+    assert row.accuracy is not None
+    assert row.wsr is not None
+    colour, marker = looks[_attack(row)] if row.role == "stolen" else (INK, "*")
+    hollow = is_control(row) or row.role == "benign"
+    low = row.wsr if row.wsr_low is None else min(row.wsr_low, row.wsr)
+    high = row.wsr if row.wsr_high is None else max(row.wsr_high, row.wsr)
+    bars = None if filtered and by_construction(row) else [[100 * (row.wsr - low)], [100 * (high - row.wsr)]]
+    face = "none" if hollow else colour
+    style: dict[str, Any] = {"color": colour, "markerfacecolor": face, "markersize": 12 if marker == "*" else 7}
+    if is_control(row):
+        style["alpha"] = 0.75
+    place = 100 * row.wsr + _jitter(row)
+    drawn = axes.errorbar([100 * row.accuracy], [place], yerr=bars, fmt=marker, elinewidth=1, **style)
+    for bar in drawn.lines[2]:
+        bar.set_alpha(0.55)
+
+
+def _curve(
+    axes: Axes, groups: Sequence[tuple[Row, ...]], field: str, look: tuple[str, str], hollow: bool = False
+) -> None:
+    x, y, below, above = [], [], [], []
+    for group in groups:
+        rate = stat(getattr(row, field) for row in group)
+        if rate is None:
+            continue
+        low, high = rate.mean - (rate.sd or 0), rate.mean + (rate.sd or 0)
+        if rate.n == 1 and field == "wsr":
+            low = rate.mean if group[0].wsr_low is None else min(group[0].wsr_low, rate.mean)
+            high = rate.mean if group[0].wsr_high is None else max(group[0].wsr_high, rate.mean)
+        x.append(float(group[0].budget or 0))
+        y.append(100 * rate.mean)
+        below.append(100 * (rate.mean - max(0.0, low)))
+        above.append(100 * (min(1.0, high) - rate.mean))
+    colour, marker = look
+    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "linestyle": ":" if hollow else "-"}
+    if x:
+        face = "none" if hollow else colour
+        alpha = 0.75 if hollow else 1.0
+        axes.errorbar(x, y, yerr=[below, above], elinewidth=1, markerfacecolor=face, alpha=alpha, **style)
+
+
+def _threshold(axes: Axes, threshold: float) -> None:
+    """The line above which a model counts as stolen; its label stands outside the axes, where no point can be."""
+    axes.axhline(100 * threshold, color=INK, linestyle="--", linewidth=1)
+    place = axes.get_yaxis_transform()
+    text = f"threshold\n{100 * threshold:g} %"
+    axes.text(1.01, 100 * threshold, text, transform=place, va="center", fontsize=8)
+
+
+def _handle(look: tuple[str, str], *, label: str, line: Literal["-", ":", ""] = "", hollow: bool = False) -> Line2D:
+    colour, marker = look
+    face = "none" if hollow else colour
+    size = 11 if marker == "*" else 7
+    return Line2D(
+        [], [], color=colour, marker=marker, markersize=size, markerfacecolor=face, linestyle=line, label=label
+    )
+
+
+def svg_of(figure: Figure) -> str:
+    """A figure as SVG, without what differs from one drawing to the next."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=_BARE)
+    return buffer.getvalue()

@@ -1,0 +1,374 @@
+"""The report of a run: a table for the terminal, ``table.md``, the plots, and one self-contained HTML page.
+
+It reads nothing but the run directory (``results/``, ``run.json``, ``config.yaml``), so a report can be made again
+anywhere, at any time, also of a run that still goes on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from simulator.errors import InputError
+from simulator.records.provenance import RunInfo, read_run_info
+from simulator.records.rows import Row, read_rows
+from simulator.report import page
+from simulator.report.lines import Labels, Line, by_construction, doubts, lines, stat
+from simulator.report.page import NONE, Column, markdown_cell, printable
+
+THRESHOLD = 0.2  #: the WSR above which DeepTracer declares a model stolen, unless the config says otherwise
+
+LEGEND = (
+    "WSR: watermark success rate with its 95 % Wilson interval; several seeds: mean ± standard deviation. "
+    "control: the same attack on a benign victim, measured with the same key (of a victim: the benign model). "
+    "verified: WSR above the threshold."
+)
+FILTERED = (
+    "The 0 of a benign model and the 100 of a victim are by construction and have no interval: the key filter drops "
+    "what this benign model answers, and keeps only what this victim does."
+)
+
+
+def columns(found: Sequence[Line], filtered: bool = True) -> list[Column[Line]]:
+    """The columns that say something about at least one of the lines.
+
+    ``filtered``: a key filter chose the key samples (see :func:`simulator.report.lines.by_construction`).
+    """
+    labels = Labels(found)
+    every = [
+        Column("dataset", "dataset", lambda line: line.row.dataset if labels.datasets else NONE, text=True),
+        Column("watermark", "watermark", lambda line: labels.watermark(line.row), text=True),
+        Column("attack", "attack", lambda line: labels.attack(line.row), text=True),
+        Column("pool", "pool", lambda line: line.row.pool or NONE, text=True),
+        Column("labels", "labels", lambda line: line.row.labels or NONE, text=True),
+        Column("architecture", "architecture", lambda line: line.row.architecture, text=True),
+        Column("budget", "budget", lambda line: _count(line.row.budget)),
+        Column("queries", "queries", _queries),
+        Column("seeds", "seeds", lambda line: f"seed {line.row.seed}" if line.failed else str(len(line.rows))),
+        Column("accuracy", "accuracy %", lambda line: "failed" if line.failed else _rate(line.rows, "accuracy")),
+        Column("wsr", "WSR %", lambda line: _wsr(line.rows, filtered)),
+        Column("key", "key samples", _key),
+        Column("control", "control WSR %", lambda line: _control(line, filtered)),
+        Column("verified", "verified", _verified),
+        Column("agreement", "agreement %", lambda line: _rate(line.rows, "agreement")),
+        Column("detected_at", "noticed after", _noticed),
+        Column("false_alarms", "false alarms %", lambda line: _rate(line.rows, "false_alarms")),
+        Column("false_trigger", "false trigger %", lambda line: _rate(line.rows, "false_trigger")),
+    ]
+    needed = ("watermark", "attack", "accuracy", "wsr", "control", "verified")
+    return [column for column in every if column.key in needed or any(column.cell(line) != NONE for line in found)]
+
+
+# Known of victims alone: where space is dear they stand with the victim, not in columns.
+_OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
+
+# What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell, and the
+# size of a key, without which no verdict can be judged, into the watermark's.
+_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "key", "verified", "labels")
+
+
+def _noticed(line: Line) -> str:
+    """After how many answered images a detector noticed the theft: the median over the seeds in which one did."""
+    watched = [row for row in line.rows if row.role == "stolen" and row.detectors is not None]
+    times = [row.detected_at for row in watched if row.detected_at is not None]
+    if not watched:
+        return NONE
+    if not times:
+        return "never"
+    part = f" ({len(times)} of {len(watched)})" if len(watched) > 1 else ""
+    return f"{_count(round(statistics.median(times)))}{part}"
+
+
+def render_table(rows: Iterable[Row], *, width: int = 120, filtered: bool = True) -> Table:
+    """The rows as a table at most ``width`` characters wide; ``filtered`` as in :func:`columns`.
+
+    What does not fit leaves, columns that say the same of every attack first; a note below the table says so.
+    """
+    found = lines(rows)
+    shown = [column for column in columns(found, filtered) if column.key not in _OF_VICTIMS]
+    legend = _legend(found, filtered)
+    apart = {column.key for column in shown} - set(_constant(found, shown))
+    moved: list[Column[Line]] = []
+    constant: list[str] = []
+    hidden: list[str] = []
+    console = Console(width=1000)
+    for key in (*_constant(found, shown), *_GOES, None):
+        table = _rich(found, shown, moved, _notes(legend, constant, hidden))
+        if key is None or Measurement.get(console, console.options, table).maximum <= width:
+            break
+        for column in [column for column in shown if column.key == key]:
+            shown.remove(column)
+            values = {column.cell(line) for line in found if line.row.role == "stolen"}
+            if len(values) == 1:
+                constant.append(f"{column.heading} {values.pop()}")
+            elif key in apart and (column.text or key == "key"):
+                moved.append(column)
+            else:
+                hidden.append(column.heading.removesuffix(" %"))
+    return table
+
+
+def markdown_table(rows: Iterable[Row], *, filtered: bool = True) -> str:
+    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below.
+
+    ``filtered`` as in :func:`columns`.
+    """
+    found = lines(rows)
+    text = [*page.markdown_table(columns(found, filtered), found), "", _legend(found, filtered), ""]
+    text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
+    text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report/`` and return the path of its ``index.html``.
+
+    Raises:
+        InputError: ``run_dir`` is no run, holds no row yet, or holds a file that cannot be read.
+    """
+    from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
+
+    info, rows = read_run_info(run_dir), read_rows(run_dir)
+    if not rows:
+        raise InputError(f"{run_dir} holds no results yet: there is nothing to report")
+    found, config = lines(rows), _config(run_dir)
+    threshold, filtered = _threshold(config), _filtered(config)
+    shown = [column for column in columns(found, filtered) if column.key not in _OF_VICTIMS]
+    told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts tell them by the line's name
+    alike = [column for column in shown if column.key in _ALIKE and len({column.cell(line) for line in found}) == 1]
+    shown = [column for column in shown if column not in alike]
+    before = [column for column in shown if column.key in _SETTING]
+    return page.write_page(
+        run_dir / "report",
+        Path(__file__).parent / "templates" / "report.html",
+        info,
+        markdown_table(rows, filtered=filtered),
+        {
+            "wsr_vs_accuracy": plots.wsr_vs_accuracy(found, threshold, filtered=filtered),
+            "budget": plots.budget_curves(found, threshold),
+        },
+        alarms=[*_alarms(info, found), *(each for each in info.warnings if each not in told), *doubts(found)],
+        classes=_classes,
+        cell=_page_cell,
+        columns=shown,
+        before=before,
+        after=[column for column in shown if column not in before],
+        sections=[(role, [line for line in found if line.row.role == role]) for role in ("benign", "victim", "stolen")],
+        models=sum(len(line.rows) for line in found if not line.failed),
+        legend=" ".join([_legend(found, filtered), *_said_once(alike, found[0])]),
+        config=config,
+        threshold=f"{100 * threshold:g} %",
+    )
+
+
+_ALIKE = ("architecture", "seeds")  #: columns that leave the page where they say the same of every line
+_SETTING = ("dataset", "watermark", "attack", "pool", "labels", "architecture", "budget", "queries", "seeds")
+
+
+def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
+    notes = []
+    if info.status != "done":
+        notes.append(f"this run is not complete (status: {info.status}); the table holds what it has measured so far")
+    failures = sum(line.failed for line in found)
+    if failures:
+        notes.append(f"{failures} {'row' if failures == 1 else 'rows'} failed; see the table for the errors")
+    if info.git_dirty:
+        notes.append("the code had changes that were not committed: the commit below is not what ran")
+    return notes
+
+
+def _legend(found: Sequence[Line], filtered: bool) -> str:
+    """With a word on the rates that the key filter makes what they are, where there are such."""
+    made = filtered and any(by_construction(row) for line in found for row in line.rows)
+    return f"{LEGEND} {FILTERED}" if made else LEGEND
+
+
+def _said_once(alike: Sequence[Column[Line]], line: Line) -> list[str]:
+    said = ", ".join(f"{column.heading} {column.cell(line)}" for column in alike)
+    return [f"All lines: {said}."] if said else []
+
+
+def _notes(legend: str, constant: Sequence[str], hidden: Sequence[str]) -> str:
+    same = f" All attacks: {', '.join(constant)}." if constant else ""
+    return legend + same + (f" Not shown at this width: {', '.join(hidden)}." if hidden else "")
+
+
+def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[Column[Line]], notes: str) -> Table:
+    caption = Text(notes, style="dim", justify="left")
+    for note in doubts(found):
+        caption.append(f"\nwarning: {printable(note)}", style="not dim yellow")
+    for error in _errors(found):
+        caption.append(f"\nfailed: {printable(error)}", style="not dim red")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_style="")
+    for column in shown:
+        # names may fold, numbers may not
+        limit = {"watermark": 24, "attack": 30, "pool": 14, "architecture": 14}.get(column.key)
+        align: Any = "left" if column.text else "right"
+        heading = Text(_HEADINGS.get(column.key, column.heading))
+        table.add_column(heading, justify=align, max_width=limit, no_wrap=not column.text, overflow="fold")
+    for line, following in zip(found, [*found[1:], None], strict=False):  # a run without rows has no line
+        cells = [Text(_cell(line, column, moved), style=_style(line, column)) for column in shown]
+        ends = following is None or following.row.role != line.row.role
+        table.add_row(*cells, style="red" if line.failed else "", end_section=ends)
+    return table
+
+
+_HEADINGS = {
+    "key": "key\nsamples",
+    "control": "control\nWSR %",
+    "agreement": "agree-\nment %",
+    "architecture": "archi-\ntecture",
+}
+
+
+def _cell(line: Line, column: Column[Line], moved: Sequence[Column[Line]]) -> str:
+    if column.key == "watermark":
+        sizes = [other.cell(line) for other in moved if other.key == "key"]
+        return printable(", ".join([column.cell(line), *(f"key {size}" for size in sizes if size != NONE)]))
+    if column.key != "attack":
+        return printable(column.cell(line))
+    also = [value for value in (other.cell(line) for other in moved if other.key != "key") if value != NONE]
+    text = printable(", ".join([column.cell(line), *also]))
+    rates = [f"{label.replace(' ', chr(10))} {rate} %" for label, rate in _of_victims(line).items()]
+    return ", ".join([text, *rates])
+
+
+def _page_cell(line: Line, column: Column[Line]) -> list[str]:
+    """What stands in a cell of the page, and in small letters below: intervals, and what is known of victims alone."""
+    text = column.cell(line)
+    if column.key == "wsr" and text.endswith("]"):
+        value, _, interval = text.partition(" ")
+        return [value, interval]
+    return (
+        [text, *(f"{name} {rate} %" for name, rate in _of_victims(line).items())] if column.key == "attack" else [text]
+    )
+
+
+def _of_victims(line: Line) -> dict[str, str]:
+    """The rates that are known of victims alone, by their names."""
+    rates = {label: _rate(line.rows, key) for key, label in _OF_VICTIMS.items()}
+    return {label: rate for label, rate in rates.items() if rate != NONE}
+
+
+def _claim(line: Line, column: Column[Line]) -> str:
+    """How a cell bears on the verdict: ``yes``, ``partly``, ``false-claim``, or nothing."""
+    if column.key == "control" and any(row.verified for row in line.controls):
+        return "false-claim"
+    claimed = [row.verified for row in line.rows if row.verified is not None]
+    if column.key != "verified" or not any(claimed):
+        return ""
+    if line.row.role == "benign" or line.is_control:
+        return "false-claim"
+    return "yes" if all(claimed) else "partly"
+
+
+def _style(line: Line, column: Column[Line]) -> str:
+    return {"yes": "green", "partly": "yellow", "false-claim": "bold red", "": ""}[_claim(line, column)]
+
+
+def _classes(line: Line, column: Column[Line]) -> str:
+    kind = "name" if column.key == "watermark" else "" if column.text else "number"
+    place = column.key if column.key in ("wsr", "control") else ""
+    return " ".join(part for part in (kind, place, _claim(line, column)) if part)
+
+
+def _constant(found: Sequence[Line], shown: Sequence[Column[Line]]) -> list[str]:
+    stolen = [line for line in found if line.row.role == "stolen"]
+    return [
+        column.key
+        for column in shown
+        if column.key in ("pool", "labels", "queries", "budget", "seeds", "key", "architecture")
+        and len({column.cell(line) for line in (found if column.key in ("key", "architecture") else stolen)}) <= 1
+    ]
+
+
+def _rate(rows: Sequence[Row], field: str) -> str:
+    """``"91.2"``, ``"91.2 ± 0.4"`` for several seeds."""
+    value = stat(getattr(row, field) for row in rows)
+    if value is None:
+        return NONE
+    return f"{100 * value.mean:.1f}" + ("" if value.sd is None else f" ± {100 * value.sd:.1f}")
+
+
+def _wsr(rows: Sequence[Row], filtered: bool) -> str:
+    """As :func:`_rate`, ``"45.3 [38.1, 52.7]"`` for one seed, ``"100.0"`` where the filter made it so."""
+    if filtered and all(by_construction(row) for row in rows):
+        return f"{100 * (rows[0].wsr or 0):.1f}"
+    low, high = rows[0].wsr_low, rows[0].wsr_high
+    text = _rate(rows, "wsr")
+    return text if len(rows) > 1 or low is None or high is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _key(line: Line) -> str:
+    """How many samples the key has, from its smallest to its largest over the seeds."""
+    sizes = [row.key_samples for row in line.rows if row.key_samples is not None]
+    return NONE if not sizes else str(sizes[0]) if len({*sizes}) == 1 else f"{min(sizes)}–{max(sizes)}"
+
+
+def _control(line: Line, filtered: bool) -> str:
+    if line.good_controls:
+        # without the interval: it has its own row in the data, and the column stays readable
+        rows = line.good_controls
+        return _wsr(rows, filtered) if filtered and all(map(by_construction, rows)) else _rate(rows, "wsr")
+    return "failed" if line.controls else NONE
+
+
+def _verified(line: Line) -> str:
+    claimed = [row.verified for row in line.rows if row.verified is not None]
+    if len(claimed) > 1:
+        return f"{sum(claimed)} of {len(claimed)}"
+    return ("yes" if claimed[0] else "no") if claimed else NONE
+
+
+def _queries(line: Line) -> str:
+    known = sorted({row.queries for row in line.rows if row.queries is not None})
+    return NONE if not known else str(known[0]) if len(known) == 1 else f"{known[0]}–{known[-1]}"
+
+
+def _count(value: int | None) -> str:
+    return NONE if value is None else str(value)
+
+
+def _errors(found: Sequence[Line]) -> list[str]:
+    labels = Labels(found)
+    return [f"{labels.full(line)}, seed {line.row.seed}: {line.row.error}" for line in found if line.failed]
+
+
+def _config(run_dir: Path) -> str:
+    try:
+        return (run_dir / "config.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{run_dir / 'config.yaml'} cannot be read: {error}") from None
+
+
+def was_filtered(run_dir: Path) -> bool:
+    """Whether a filter chose the key samples of a run."""
+    return _filtered(_config(run_dir))
+
+
+def _filtered(config: str) -> bool:
+    """Whether a filter chose the key samples: unless the config says ``key_filter.stages: none``."""
+    try:
+        return bool(yaml.safe_load(config)["key_filter"]["stages"] != "none")
+    except (yaml.YAMLError, KeyError, TypeError):
+        return True
+
+
+def _threshold(config: str) -> float:
+    """``verification.threshold`` of the config, DeepTracer's 20 % where it says nothing."""
+    try:
+        value = yaml.safe_load(config)["verification"]["threshold"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return THRESHOLD
+    return float(value) if isinstance(value, float) and 0 < value < 1 else THRESHOLD

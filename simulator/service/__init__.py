@@ -1,0 +1,1 @@
+"""A victim that sells answers, from both sides of the counter."""

@@ -1,0 +1,116 @@
+"""The prediction service as a plain class: what runs inside the Ray Serve replica, and inside the loop without Ray.
+
+A query is checked, then paid for, then answered: a malformed query is refused and charges nothing, and an answer is
+never computed for images that were not charged.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simulator.models import Classifier
+from simulator.service.answers import answer_policy
+from simulator.service.ledger import digest_of
+from simulator.service.query import MAX_BYTES, MalformedQuery, Query, check_form, check_images
+from simulator.training.predict import predict
+
+#: ``half`` answers in 16 bits where that is faster, which is on a GPU; elsewhere it is the same as ``full``
+Precision = Literal["full", "half"]
+
+
+#: largest difference between a probability of an answer in half precision and the same in full precision
+HALF_TOLERANCE = 1e-2
+
+
+class VictimService:
+    """Answers queries with the victims it has been given.
+
+    An answer is a function of the images alone, in half precision too: a query is never computed together with another.
+
+    Args:
+        device: where the models run.
+        precision: ``half`` computes in float16 on a GPU, to within :data:`HALF_TOLERANCE` of the full answers.
+        half: the 16-bit type that ``half`` stands for, in place of what the device suggests (for tests on a CPU).
+        room: bytes of weights that are kept. A victim that does not fit takes the place of those that were asked
+            longest ago, which have to be added again before they are asked again. None: all are kept.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        precision: Precision = "full",
+        half: torch.dtype | None = None,
+        room: int | None = None,
+    ) -> None:
+        self._device, self._room = device, room
+        self._half = None if precision == "full" else half or (torch.float16 if device.type == "cuda" else None)
+        self._models: OrderedDict[str, Classifier] = OrderedDict()  # those asked longest ago first
+
+    def __contains__(self, victim: str) -> bool:
+        return victim in self._models
+
+    def add(self, victim: str, model: Classifier) -> None:
+        """Takes a model under a victim's id."""
+        self._models[victim] = model.to(self._device).eval()
+        self._models.move_to_end(victim)
+        while self._room is not None and len(self._models) > 1 and sum(map(_size, self._models.values())) > self._room:
+            self._models.popitem(last=False)
+
+    def check(self, victim: str, query: Query) -> str:
+        """Checks the images against the victim's input; returns their digest.
+
+        Raises:
+            MalformedQuery: see :func:`check_form` and :func:`check_images`, or an answer too large for a message.
+        """
+        check_form(query)
+        spec = self._models[victim].spec
+        images = check_images(query.images, spec.channels, spec.size)
+        most = max(1, MAX_BYTES // (4 * spec.classes))
+        if len(images) > most:
+            raise MalformedQuery(f"query of {len(images)} images; allowed: 1..{most}, with {spec.classes} classes each")
+        return digest_of(np.ascontiguousarray(images).data.cast("B"))
+
+    def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
+        """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for.
+
+        The noise of a mode that has some is drawn from the victim's id, the account's name and the key, so that it is
+        the same when the query is asked again, at whichever replica and in whichever run.
+        """
+        return self.answering(victim, labels, query)()
+
+    def answering(self, victim: str, labels: str, query: Query) -> Callable[[], NDArray[np.float32]]:
+        """What computes :meth:`answer`, whenever it is called: it keeps the victim, which may have to go meanwhile."""
+        self._models.move_to_end(victim)
+        return partial(self._answer, self._models[victim], victim, labels, query)
+
+    def _answer(self, model: Classifier, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
+        # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides, which for
+        # numpy are contiguous where a dimension has one entry
+        images = np.require(query.images, requirements=["C", "W"])
+        if min(images.strides) < 0:
+            images = images.copy()
+        policy = answer_policy(labels, victim, query.account, query.key)
+        rows = policy(self._predict(model, torch.from_numpy(images)))
+        answers: NDArray[np.float32] = rows.numpy()
+        return answers
+
+    def _predict(self, model: Classifier, images: Tensor) -> Tensor:
+        if self._half is None:
+            return predict(model, images)
+        with torch.autocast(self._device.type, self._half):
+            rows = predict(model, images)
+        # a logit beyond float16's range; the images alone decide this, too
+        return rows if bool(rows.isfinite().all()) else predict(model, images)
+
+
+def _size(model: Classifier) -> int:
+    """Bytes of a model's weights."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

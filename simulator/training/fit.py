@@ -1,0 +1,117 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, pack, unpack
+from simulator.progress import Progress, silent
+from simulator.seeding import global_randomness
+from simulator.training.predict import device_of, to_input
+from simulator.training.recipe import Objective, Recipe, recipe_objective
+
+Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    recipe: Recipe,
+    *,
+    generator: torch.Generator,
+    objective: Objective | None = None,
+    epochs: int | None = None,
+    more_parameters: Iterable[nn.Parameter] = (),
+    phase: str = "train",
+    progress: Progress = silent,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
+    companions: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
+    """Trains ``model`` in place and returns it in evaluation mode.
+
+    Between epochs the state goes to ``checkpoint`` under the name of the phase; training that is started again goes on
+    from there, or returns at once if the phase is known to be over, and gives the same model.
+
+    Args:
+        images: ``(N, C, H, W)`` uint8 or float in [0, 1], N >= 2.
+        targets: ``(N,)`` int64 labels or ``(N, K)`` float probability rows.
+        generator: draws the order of the images and seeds dropout.
+        objective: from the model, a batch of inputs and their targets to the scalar loss; the recipe's if not given.
+        epochs: in place of the recipe's.
+        more_parameters: learned beside the model's own, by the objective.
+        companions: modules with state of the objective's, for the checkpoint.
+    """
+    device = device_of(model)
+    epochs = recipe.epochs if epochs is None else epochs
+    objective = objective or recipe_objective(recipe)
+    model.to(memory_format=torch.channels_last)
+    optimizer = recipe.build([*model.parameters(), *more_parameters])
+    parts: Parts = {"model": model, "optimizer": optimizer, "generator": generator, **(companions or {})}
+    resumption = _Resumption.of(checkpoint, phase, parts)
+    if phase in resumption.over:
+        return model.eval()
+    model.train()
+    with resumption.randomness(generator):
+        for epoch in range(resumption.epoch, epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch, epochs)
+            for index in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
+                if len(index) == 1:  # batch normalisation cannot train on one image
+                    continue
+                loss = objective(model, to_input(images[index], device), targets[index].to(device, non_blocking=True))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if checkpoint.due():
+                resumption.save(checkpoint, phase, epoch + 1, parts)
+            progress(phase, epoch + 1, epochs)
+    if checkpoint is not NO_CHECKPOINT:
+        resumption.save(checkpoint, phase, epochs, parts)  # so that a later phase knows that this one is over
+    return model.eval()
+
+
+@dataclass
+class _Resumption:
+    """Where training goes on: which phases are over, the epoch, and the state of torch's global generators."""
+
+    over: list[str] = field(default_factory=list)
+    epoch: int = 0
+    global_states: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, phase: str, parts: Parts) -> _Resumption:
+        """Reads the checkpoint; puts a state of this phase back into its parts."""
+        state = checkpoint.load()
+        if state is None:
+            return cls()
+        if state["phase"] != phase:
+            return cls(over=[*state["over"], state["phase"]] if phase not in state["over"] else state["over"])
+        unpack(state, **parts)
+        states = [state[name] for name in ("global", "global.cuda") if name in state]
+        return cls(state["over"], int(state["epoch"]), states)
+
+    def save(self, checkpoint: Checkpoint, phase: str, epoch: int, parts: Parts) -> None:
+        """Writes where training stands after an epoch."""
+        state = {"phase": phase, "over": self.over, "epoch": epoch, "global": torch.get_rng_state(), **pack(**parts)}
+        if torch.cuda.is_available():
+            state["global.cuda"] = torch.cuda.get_rng_state()
+        checkpoint.save(state)
+
+    @contextmanager
+    def randomness(self, generator: torch.Generator) -> Iterator[None]:
+        """As :func:`global_randomness`, or where the saved state left off."""
+        if not self.global_states:
+            with global_randomness(generator):
+                yield
+            return
+        with torch.random.fork_rng():
+            torch.set_rng_state(self.global_states[0])
+            if torch.cuda.is_available() and len(self.global_states) > 1:
+                torch.cuda.set_rng_state(self.global_states[1])
+            yield

@@ -1,0 +1,175 @@
+"""Estimates of a plan: closed forms of the work, torch's count of operations, and how parts make up the clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from simulator.data.dataset import DataConfig, Outline, load, outline
+from simulator.plan.config import check_config, read_config
+from simulator.plan.estimate import (
+    BACKWARD,
+    PROCESS,
+    TRAINED,
+    Estimate,
+    Speed,
+    Work,
+    architectures,
+    calibrate,
+    estimate,
+    memory,
+    operations,
+    owner_work,
+    span,
+    stage_images,
+    theft_work,
+    watermark_epochs,
+)
+from simulator.plan.settings_file import presets
+from simulator.plan.subjects import make_plan
+from simulator.training.recipe import Recipe
+from simulator.watermarks.base import WATERMARKS
+
+DATA = Outline(classes=10, channels=1, size=8, owner=1000, attacker=300, test=100)
+RECIPE = {"epochs": 6, "batch_size": 50}
+
+
+def plan(**changes: Any) -> Any:
+    base = {
+        "name": "x",
+        "dataset": "digits",
+        "architecture": "linear",
+        "training": {"epochs": 4},
+        "watermarks": [{"name": "deeptracer", "first_epochs": 3, "second_epochs": 2}],
+        "key_filter": {"architecture": "lenet5", "queries": 200, "keep": 50, "training": {"epochs": 5}},
+        "scenarios": [{"attack": {"name": "knockoff", "training": RECIPE}, "budget": 400}],
+    }
+    config = check_config(base | changes)
+    return config, make_plan(config)
+
+
+def images(**stage: Any) -> int:
+    """What the one stage of a scenario trains on."""
+    _, made = plan(scenarios=[stage], controls=False)
+    return stage_images(made.scenarios[0].stages[0], DATA)
+
+
+def test_a_theft_asks_no_more_than_a_foreign_set_has() -> None:
+    attack = {"attack": {"name": "knockoff", "training": RECIPE}, "pool": "svhn", "budget": 400}
+    (scenario,) = plan(scenarios=[attack], controls=False)[1].scenarios
+    counted = [stage_images(scenario.stages[0], replace(DATA, foreign=foreign)) for foreign in ({}, {"svhn": 70})]
+    assert counted == [6 * 400, 6 * 70]
+
+
+def test_the_owners_work() -> None:
+    _, made = plan()
+    assert owner_work(made.benigns[0], DATA).trained == {"linear": 1000 * 4}
+    victim = owner_work(made.victims[0], DATA)
+    # phases with 1 % and 10 % of triggers; the filter's surrogate
+    assert victim.trained == {"linear": round(1000 * (3 * 1.01 + 2 * 1.1)), "lenet5": 200 * 5}
+    assert victim.answered == {"linear": 200}
+
+
+def test_a_theft_trains_on_what_it_can_ask_in_every_epoch() -> None:
+    knockoff = {"name": "knockoff", "training": RECIPE}
+    assert images(attack=knockoff, budget=400) == 400 * 6
+    assert images(attack=knockoff, budget=400, curve=[100, 200]) == (100 + 200 + 400) * 6
+    assert images(attack=knockoff, budget=400, pool="attacker") == 300 * 6
+
+
+def test_attacks_of_many_rounds() -> None:
+    jbda = {"name": "jbda", "seeds": 10, "rounds": 3, "training": RECIPE, "round_training": {"epochs": 2}}
+    assert images(attack=jbda, budget=1000) == 80 * 6 + (10 + 20 + 40) * 2
+    active = {"name": "activethief", "iterations": 2, "initial": 0.2, "training": RECIPE}
+    assert images(attack=active, budget=100) == 100 * 6 + (20 + 60) * 6
+    # DFME: of 7 batches asked in an iteration, 5 are the student's
+    dfme = {"name": "dfme", "training": {"batch_size": 10}}
+    assert images(attack=dfme, budget=7000) == 5000
+    # DisGUIDE: one of one, three replayed, two students
+    disguide = {"name": "disguide", "training": {"batch_size": 10}}
+    assert images(attack=disguide, budget=1000) == 1000 * (1 + 3) * 2
+
+
+def test_a_second_stage_asks_the_first_stages_model() -> None:
+    attack = {"name": "knockoff", "training": RECIPE}
+    stages = [{"attack": attack, "budget": 100}, {"attack": attack, "budget": 200, "architecture": "lenet5"}]
+    _, made = plan(scenarios=[{"stages": stages}], controls=False)
+    work = theft_work(made.scenarios[0], DATA)
+    assert (work.trained, work.answered) == ({"linear": 600, "lenet5": 1200}, {"linear": 200})
+
+
+@pytest.mark.parametrize("name", WATERMARKS.classes())
+def test_every_watermark_costs_at_least_an_epoch_and_no_schedule_explodes(name: str) -> None:
+    epochs = watermark_epochs(WATERMARKS.make({"name": name}), Recipe(epochs=100))
+    assert 1 <= epochs <= 300
+
+
+def test_operations_and_memory_of_a_linear_layer() -> None:
+    assert operations("linear", DATA) == 2 * 64 * 10
+    parameters = 64 * 10 + 10
+    assert memory("linear", DATA, 1) >= PROCESS + TRAINED * parameters
+    # what a batch adds is in proportion to it
+    first, second, third = (memory("naivenet", DATA, batch) for batch in (1, 2, 3))
+    assert second - first == third - second > 0
+
+
+def test_the_sum_of_a_plan() -> None:
+    config, made = plan()
+    speeds = {name: Speed(2.0, 1.0, 7) for name in architectures(made)}
+    found = estimate(config, made, DATA, speeds)
+    assert found.queries == 2 * 400
+    assert found.serving == 800
+    # a control and a theft, each with one key; the victim and the benign model
+    assert found.measuring == 2 * 150 + 2 * 150
+    assert found.thefts == (2 * 2400, 2 * 2400)
+    assert found.owners[0] == 2 * 4000
+    assert found.trained == 4000 + 5230 + 1000 + 2 * 2400
+    answered = 200 + 800 + 600
+    assert found.operations == 7 * (BACKWARD * found.trained + answered)
+    assert found.seconds == 2 * found.trained + answered
+    assert len(found.lines()) == 3
+
+
+def test_the_clock() -> None:
+    found = Estimate((10.0, 20.0), (5.0, 5.0, 5.0, 9.0), 3.0, 1.0, {}, 0, 0, 0.0)
+    assert found.wall(attackers=1, trainers=1, replicas=1, collectors=1, threads=99) == 30 + 24
+    assert found.wall(attackers=2, trainers=2, replicas=1, collectors=1, threads=99) == 20 + 12
+    # no theft is shared between attackers
+    assert found.wall(attackers=99, trainers=2, replicas=1, collectors=1, threads=99) == 20 + 9
+    # and nothing is faster than all threads together
+    assert found.wall(attackers=99, trainers=2, replicas=1, collectors=1, threads=1) == found.seconds == 58
+
+
+def test_a_measured_speed_is_positive_and_training_is_dearer() -> None:
+    speed = calibrate("naivenet", DATA, 64, patience=0.1)
+    assert 0 < speed.answer < speed.train
+    assert speed.seconds("naivenet", Work()) == 0
+
+
+def test_a_batch_that_no_memory_holds_is_not_measured_as_a_whole() -> None:
+    assert calibrate("linear", DATA, 10**12, patience=0.0).train > 0
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_has_an_estimate(preset: str) -> None:
+    config = read_config(preset)
+    made = make_plan(config)
+    speeds = {name: Speed(1e-4, 1e-5, 1) for name in architectures(made)}
+    found = estimate(config, made, outline(config.dataset), speeds)
+    assert found.seconds > 0
+    assert all(seconds > 0 for seconds in (*found.owners, *found.thefts))
+
+
+@pytest.mark.parametrize("changes", [{}, {"owner": 600, "attacker": 100, "test": 50, "size": 12}])
+def test_an_outline_is_that_of_the_data_set(changes: dict[str, int]) -> None:
+    config = DataConfig(name="digits", **changes)
+    data = load(config)
+    parts = (len(data.owner), len(data.attacker), len(data.test))
+    assert outline(config) == Outline(data.classes, data.channels, data.size, *parts)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.234, "1.2 s"), (61, "61 s"), (600, "10 min"), (7300, "2.0 h")])
+def test_spans(seconds: float, text: str) -> None:
+    assert span(seconds) == text
