@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from simulator.experiment import owner
+from simulator.experiment import owner as owner_side
 from simulator.experiment.owner import TrainedOwner, train_owner
 from simulator.experiment.preflight import prepare
 from simulator.experiment.world import World
@@ -82,13 +82,13 @@ def test_the_filter_serves_every_scheme_of_the_page(stages: str, monkeypatch: py
     names = [scheme.name for scheme in config.watermarks]
     assert {"content", "composite", "mea_defender"} <= set(names)  # those of Table 22
     built: list[str] = []
-    build = owner.build_surrogate
+    build = owner_side.build_surrogate
 
     def spy(name: str, *rest: Any) -> Classifier:
         built.append(name)
         return build("lenet5", *rest)
 
-    monkeypatch.setattr(owner, "build_surrogate", spy)
+    monkeypatch.setattr(owner_side, "build_surrogate", spy)
     spec = make_plan(config).victims[0]
     key = embed(spec).key
     assert key is not None
