@@ -29,7 +29,7 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
 from actors.devices import Placement, settle
-from actors.jobs import innermost
+from actors.failures import innermost
 from actors.ledger import NOTHING
 from actors.metrics import Tally, VictimMetrics
 from actors.turns import Teller, Worker

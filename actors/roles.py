@@ -1,14 +1,16 @@
 """The actors that compute: trainers on the owner's side, attackers on the other, the collector between them.
 
-Each is a plain class; the shells at the bottom make actors of them. They live as long as the run, because starting a
-process with torch in it costs seconds. A trainer sees everything the owner has; an attacker only its own world, without
-the test images, and the service's handle.
+Each is a plain class; the shells at the bottom make actors of them. They live as long as the run, because a process
+with torch in it takes seconds to start. A trainer sees everything the owner has. An attacker sees only its own world,
+without the test images, and the service's handle.
+
+Models travel by way of the run directory: a worker takes what it starts from off the shelf, and hands what it made to
+the collector before its call returns. So nothing that was made is lost with a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +24,14 @@ from simulator.checkpoint import TimedCheckpoint
 from simulator.detectors.base import Detector
 from simulator.experiment.collector import Collector
 from simulator.experiment.owner import HalfTrained, TrainedOwner, train_owner, train_phase
+from simulator.experiment.removal import Washed, wash
 from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.theft import Theft, run_scenario
 from simulator.experiment.world import World
-from simulator.models import from_bytes, to_bytes
+from simulator.models import Classifier, from_bytes
 from simulator.ownership.key import KeySamples
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import OwnerModel, Scenario
+from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
 from simulator.records.rows import Row
 from simulator.training.predict import use_one_thread
 
@@ -40,13 +43,6 @@ if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the t
 
 #: how often a call to the collector is made again after its death
 MEASURE_RETRIES = 9
-#: of an owner's model what others need: its weights for whoever trains on from them, the triggers for thieves; and,
-#: for the driver, its seconds
-Parts = tuple[bytes, KeySamples | None, float]
-
-
-def _parts(owner: TrainedOwner) -> Parts:
-    return to_bytes(owner.model), owner.triggers, owner.seconds
 
 
 class Trainer:
@@ -56,136 +52,120 @@ class Trainer:
         self._world, self._board, self._keeper = world, board, keeper
         self._device = settle(placement)
 
-    def train(self, spec: OwnerModel, benign: bytes | None) -> tuple[TrainedOwner, float]:
-        """Trains a model of the owner's; a marked one needs the benign model as bytes. Also the seconds, for who waits.
-
-        What is returned lies on this node until :meth:`CollectorService.keep_owner` has written it.
-        """
-        start = from_bytes(benign) if benign is not None else None
+    def train(self, spec: OwnerModel, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
+        """Trains a model of the owner's; returns when the collector has kept it."""
+        benign = take(shelf, spec.benign) if isinstance(spec, Marked) else None
         progress, checkpoint = Posting(self._board, spec.id), kept(self._keeper, spec.id)
-        owner = train_owner(spec, self._world, start, self._device, progress, checkpoint)
+        owner = train_owner(spec, self._world, benign, self._device, progress, checkpoint)
         owner.model.cpu()
-        return owner, owner.seconds
+        ray.get(collector.keep.remote(spec, owner))
 
-    def train_phase(self, spec: OwnerModel, benign: bytes, phase: str) -> HalfTrained:
+    def train_phase(self, spec: Marked, shelf: ActorHandle[Any], phase: str) -> HalfTrained:
         """See :func:`simulator.experiment.owner.train_phase`; :meth:`train` goes on from there, in any trainer."""
+        benign = take(shelf, spec.benign)
         progress, checkpoint = Posting(self._board, spec.id), kept(self._keeper, spec.id)
-        found = train_phase(spec, self._world, from_bytes(benign), phase, self._device, progress, checkpoint)
+        found = train_phase(spec, self._world, benign, phase, self._device, progress, checkpoint)
         checkpoint.load()  # comes after the last write, which nobody waited for
         return found
 
 
 class Attacker:
-    """Runs one scenario after another. It starts while the service is starting, so it learns of it with the first."""
+    """Runs one theft or removal after another.
+
+    It starts while the service is starting, so it learns of the service with its first theft.
+    """
 
     def __init__(self, world: World, board: ActorHandle[Any], keeper: ActorHandle[Any], placement: Placement) -> None:
-        import actors.replica  # noqa: F401  now, and not when the first scenario waits for it
+        import actors.transport  # noqa: F401  now, and not when the first scenario waits for it
 
         self._world, self._board, self._keeper = world, board, keeper
         self._transport: ServeTransport | None = None
         self._device = settle(placement)
 
-    def run(
+    def steal(
         self,
         service: DeploymentHandle[Victim],
-        scenario: Scenario,
+        theft: Stolen,
         tokens: dict[str, str],
         triggers: KeySamples | None,
+        collector: ActorHandle[Any],
         record: bool,
         detectors: Sequence[Detector] = (),
-    ) -> tuple[Theft, int]:
-        """See :func:`simulator.experiment.theft.run_scenario`; also the number of its queries, for the driver."""
+    ) -> None:
+        """See :func:`simulator.experiment.theft.run_scenario`; returns when the collector has kept the copy."""
         if self._transport is None:
             from actors.transport import ServeTransport
 
             self._transport = ServeTransport(service)
-        theft = run_scenario(
-            scenario,
+        made = run_scenario(
+            theft,
             self._world,
             self._transport,
             tokens,
             triggers,
             self._device,
-            Posting(self._board, scenario.id),
+            Posting(self._board, theft.id),
             record=record,
             detectors=detectors,
-            checkpoint=kept(self._keeper, scenario.id),
+            checkpoint=kept(self._keeper, theft.id),
         )
-        theft.model.cpu()
-        return theft, theft.queries
+        made.model.cpu()
+        ray.get(collector.keep.remote(theft, made))
+
+    def wash(self, subject: Removed, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
+        """See :func:`simulator.experiment.removal.wash`; returns when the collector has kept the result."""
+        target = take(shelf, subject.target)
+        made = wash(subject, target, self._world, self._device, Posting(self._board, subject.id))
+        made.model.cpu()
+        ray.get(collector.keep.remote(subject, made))
 
 
 class CollectorService:
-    """The collector and the run directory, in one process on the driver's node.
+    """The collector in a process of its own, on the driver's node.
 
-    It may be killed at any moment: what it was given is on disk before it is measured, a row that is written again
-    replaces itself, and a collector that is started again reads the owner's models and keys when it needs them.
-
-    What it returns lies on the driver's node, where it outlives the node of whoever made it.
+    It may be killed at any moment: what it was given is on disk before it is measured, and a row that is written again
+    replaces itself.
     """
 
     def __init__(self, path: str, config: RunConfig, dataset_name: str) -> None:
         use_one_thread()
         self._directory = RunDirectory(Path(path))
         test, held_out = self._directory.load_test()
-        self._collector = Collector(Path(path), config, dataset_name, test, held_out)
+        self._collector = Collector(self._directory, config, dataset_name, test, held_out)
 
-    def load_owner(self, spec: OwnerModel) -> Parts:
-        """An owner's model that is on disk."""
-        owner = self._directory.load_owner(spec)
-        assert owner is not None
-        return _parts(owner)
+    def keep(self, subject: Subject, made: TrainedOwner | Theft | Washed) -> None:
+        """See :meth:`Collector.keep`."""
+        self._collector.keep(subject, made)
 
-    def keep_owner(self, spec: OwnerModel, owner: TrainedOwner) -> Parts:
-        """Writes an owner's model to disk."""
-        self._directory.save_owner(spec, owner)
-        self._directory.checkpoints.clear(spec.id)
-        return _parts(owner)
+    def measure(self, subject: Subject, keys: Sequence[Marked], charged: int = 0) -> list[Row]:
+        """See :meth:`Collector.measure`."""
+        return self._collector.measure(subject, keys, charged)
 
-    def measure_owner(self, spec: OwnerModel) -> list[Row]:
-        """Measures an owner's model that is on disk; a benign one has rows with each key only."""
-        owner = self._directory.load_owner(spec)
-        assert owner is not None
-        return self._know(spec, owner)
+    def fail(self, subject: Subject, error: str, keys: Sequence[Marked], queries: int) -> list[Row]:
+        """See :meth:`Collector.fail`."""
+        return self._collector.fail(subject, error, keys, queries)
 
-    def benign_accuracy(self, spec: OwnerModel) -> float:
-        """The accuracy of a benign model that has been added, in [0, 1]."""
-        self._know_from_disk(spec)
+    def triggers(self, spec: Marked) -> KeySamples:
+        """A victim's triggers, for a thief whose pool holds some."""
+        return self._directory.load_triggers(spec)
+
+    def accuracy(self, spec: OwnerModel) -> float:
+        """See :meth:`Collector.accuracy`."""
         return self._collector.accuracy(spec)
 
-    def add_stolen(self, scenario: Scenario, theft: Theft, charged: int, keys: Sequence[OwnerModel]) -> list[Row]:
-        """Keeps a stolen model on disk and measures it."""
-        self._directory.save_theft(scenario, theft)
-        self._directory.checkpoints.clear(scenario.id)
-        for spec in (*keys, scenario.victim):
-            self._know_from_disk(spec)
-        return self._collector.add_stolen(scenario, replace(theft, transfer_sets={}), charged, keys)
 
-    def add_failure(self, scenario: Scenario, error: str, queries: int, keys: Sequence[OwnerModel]) -> list[Row]:
-        """See :meth:`Collector.add_failure`."""
-        return self._collector.add_failure(scenario, error, queries, keys)
-
-    def add_owner_failure(self, spec: OwnerModel, error: str) -> list[Row]:
-        """See :meth:`Collector.add_owner_failure`."""
-        return self._collector.add_owner_failure(spec, error)
-
-    def _know(self, spec: OwnerModel, owner: TrainedOwner) -> list[Row]:
-        if owner.key is None:
-            self._collector.add_benign(spec, owner.model, owner.seconds, owner.started)
-            return []
-        self._know_from_disk(spec.benign)
-        return self._collector.add_victim(spec, owner.model, owner.key, owner.seconds, owner.started)
-
-    def _know_from_disk(self, spec: OwnerModel) -> None:
-        if spec not in self._collector:
-            owner = self._directory.load_owner(spec)
-            assert owner is not None
-            self._know(spec, owner)
+def take(shelf: ActorHandle[Any], subject: Subject) -> Classifier:
+    """A model off the shelf."""
+    reference: Any = shelf.get.remote(subject.file)
+    return from_bytes(ray.get(reference))
 
 
 def kept(keeper: ActorHandle[Any], name: str) -> TimedCheckpoint:
-    """The checkpoint of one piece of work at the keeper. Nobody waits for a write: a lost one costs some work again, as
-    does one that is left out because the keeper has not done with the last."""
+    """The checkpoint of one piece of work at the keeper.
+
+    Nobody waits for a write: one that is lost costs some work again. A write is left out while the keeper has not done
+    with the last one.
+    """
     last: list[ObjectRef[Any]] = []
 
     def read() -> bytes | None:

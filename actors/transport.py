@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.jobs import innermost
+from actors.failures import innermost
 from actors.replica import Answer, Busy, Victim
 from simulator.errors import InputError
 from simulator.service.query import MAX_BYTES, Query

@@ -1,12 +1,16 @@
-"""Workers of one kind that a run has: those that are idle, at work, or started and not there yet.
+"""The workers of one kind: actors that are idle, at work, or on their way, and the work that waits for one of them.
 
-Work is only given to a worker that has answered, so one for which the cluster has no room, as after the loss of a node,
-keeps nothing waiting. Who replaces whom, and when, is the runner's to say.
+Work is given to a worker that has answered. A worker for which the cluster has no room, as after the loss of a node,
+therefore keeps nothing waiting: another takes its work. Ray's own restarts cannot do that, for a call belongs to its
+actor: it waits for the restart while others are idle (``docs/architecture.md`` has the measurement).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import asyncio
+import heapq
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,31 +18,40 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
 
-from actors.jobs import ATTEMPTS
+from actors.failures import innermost, is_lost
+from simulator.errors import InputError, one_line
+from simulator.experiment.schedule import WorkFailed
+
+#: how often a piece of work is begun when its process dies or it fails, and how many starts in a row may fail
+ATTEMPTS = 3
 
 
-class Pool:
-    """The workers that a run has of one kind.
+class Workers:
+    """The workers of one kind.
 
     Args:
+        kind: what they are called in messages, such as ``"attacker"``.
         new: starts a worker.
-        workers: that have been started already.
+        count: how many there are to be.
+        started: workers that have been started already; they count.
+
+    Attributes:
+        paused: no worker is started while this is true.
     """
 
-    def __init__(self, new: Callable[[], Any], workers: Iterable[Any] = ()) -> None:
-        self._new = new
+    def __init__(self, kind: str, new: Callable[[], Any], count: int, started: Iterable[Any] = ()) -> None:
+        self._kind, self._new, self._count = kind, new, count
         self._idle: deque[Any] = deque()
-        self._busy: Counter[Any] = Counter()
-        #: workers that were asked whether they are there, and whether they ever were
-        self._arriving: dict[ObjectRef[Any], tuple[Any, bool]] = {}
+        self._busy: set[Any] = set()
+        self._arriving: dict[Any, asyncio.Task[None]] = {}
+        self._waiting: list[tuple[float, int, asyncio.Future[Any]]] = []
+        self._numbers = itertools.count()
         self._shed: set[Any] = set()
         self._failures, self._why = 0, ""
-        for worker in workers:
-            self._ask(worker, False)
-
-    def __bool__(self) -> bool:
-        """Whether one is idle."""
-        return bool(self._idle)
+        self.paused = False
+        for worker in started:
+            self._welcome(worker)
+        self.fill()
 
     @property
     def working(self) -> bool:
@@ -46,73 +59,134 @@ class Pool:
         return bool(self._idle or self._busy)
 
     @property
-    def lost(self) -> str | None:
-        """Why there is none and none will come; None as long as there is hope."""
-        return self._why if self._failures >= ATTEMPTS and not self.working and not self._arriving else None
+    def waiting(self) -> bool:
+        """Whether work waits for one."""
+        return any(not future.done() for _, _, future in self._waiting)
 
-    def fill(self, count: int) -> None:
-        """Starts workers until there are ``count``; none after several in a row could not be started."""
-        while self._failures < ATTEMPTS and len(self._idle) + self._busy.total() + len(self._arriving) < count:
-            self._ask(self._new(), False)
+    async def ready(self) -> None:
+        """Returns when every worker that was started has answered, or has failed to start."""
+        while self._arriving:
+            await asyncio.wait(list(self._arriving.values()))
 
-    def look(self) -> bool:
-        """Takes in those who have come meanwhile; whether there were any."""
-        if not self._arriving:
-            return False
-        came = False
-        for ref in ray.wait(list(self._arriving), num_returns=len(self._arriving), timeout=0)[0]:
-            worker, known = self._arriving.pop(ref)
-            try:
-                ray.get(ref)
-            except RayError as error:
-                if not known:
-                    # what was raised stands at the end, below a traceback
-                    self._failures, self._why = self._failures + 1, str(error).strip().splitlines()[-1][:200]
-                continue
-            self._failures, came = 0, True
-            self._idle.append(worker)
-        return came
+    def fill(self) -> None:
+        """Starts workers until there are as many as there are to be; none after several in a row failed to start."""
+        while not self.paused and self._failures < ATTEMPTS and len(self._everyone()) < self._count:
+            self._welcome(self._new())
 
-    def take(self) -> Any:
-        """An idle worker, which is at work from now on."""
-        worker = self._idle.popleft()
-        self._busy[worker] += 1
-        return worker
+    async def do(self, call: Callable[[Any], ObjectRef[Any]], begun: Callable[[], None], priority: float = 0.0) -> Any:
+        """Has an idle worker do something, and gives its result; another does it again when the worker dies.
 
-    def give_back(self, worker: Any) -> None:
-        """It has done its work."""
-        self._busy -= Counter([worker])
-        self._idle.append(worker)
+        Args:
+            call: makes the remote call on a worker.
+            begun: told each time that a worker has it.
+            priority: of all that wait, the work of the least value goes first.
 
-    def drop(self, worker: Any) -> bool:
-        """It has died, or cannot be reached; returns whether by itself, and not by :meth:`shed`.
-
-        A node may have been lost, and others with it, so those that are idle are asked whether they are still there.
+        Raises:
+            WorkFailed: the work failed or was lost several times, its input is wrong, or no worker could be started.
         """
-        self._busy -= Counter([worker])
-        ray.kill(worker)  # one that lives on out of reach would keep its share of the cluster
-        while self._idle:
-            self._ask(self._idle.popleft(), True)
-        by_itself = worker not in self._shed
-        self._shed.discard(worker)
-        return by_itself
+        why = ""
+        attempts = 0
+        while attempts < ATTEMPTS:
+            worker = await self._take(priority)
+            begun()
+            try:
+                result = await call(worker)
+            except RayError as error:
+                cause = innermost(error)
+                if not is_lost(error):  # it may have failed of a passing want: of memory, of disk, of time
+                    self._give_back(worker)
+                    why = one_line(cause)
+                    attempts = ATTEMPTS if isinstance(cause, InputError) else attempts + 1
+                elif self._drop(worker):
+                    why = f"its process died: {one_line(cause)[:200]}"
+                    attempts += 1
+            except BaseException:  # the run is over
+                self._busy.discard(worker)
+                raise
+            else:
+                self._give_back(worker)
+                return result
+        raise WorkFailed(why)
 
     def shed(self) -> bool:
-        """Gives up the share of one worker, an idle one if possible, and of all that have not come yet.
+        """Gives up the share of one worker, an idle one if there is one, and of all that have not come yet.
 
-        The caller learns of the end of one that was at work as of any other's death. False where there was none.
+        The work of one that was at work goes to another. False where there was no worker to give up.
         """
-        for worker, _ in self._arriving.values():
+        for worker, task in list(self._arriving.items()):
+            task.cancel()
+            self._arriving.pop(worker)
             ray.kill(worker)
-        self._arriving.clear()
         if self._idle:
             ray.kill(self._idle.pop())
             return True
-        for worker in self._busy.keys() - self._shed:
+        for worker in self._busy - self._shed:
             self._shed.add(worker)
             ray.kill(worker)
             return True
         return False
 
-    def _ask(self, worker: Any, known: bool) -> None:
-        self._arriving[worker.__ray_ready__.remote()] = worker, known
+    # -- who waits, and who comes ------------------------------------------------------------------------------------
+
+    def _everyone(self) -> list[Any]:
+        return [*self._idle, *self._busy, *self._arriving]
+
+    async def _take(self, priority: float) -> Any:
+        """An idle worker, which is at work from now on."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        heapq.heappush(self._waiting, (priority, next(self._numbers), future))
+        # after this turn of the loop: of all that begin to wait in one turn, the one of least value goes first
+        loop.call_soon(self._match)
+        return await future
+
+    def _match(self) -> None:
+        """Gives idle workers to those who wait; tells them when none will come."""
+        self.fill()
+        hopeless = self._failures >= ATTEMPTS and not self._everyone()
+        while self._waiting and (self._idle or hopeless):
+            _, _, future = heapq.heappop(self._waiting)
+            if future.done():  # nobody waits there any more
+                continue
+            if hopeless:
+                future.set_exception(WorkFailed(f"no {self._kind} could be started: {self._why}"))
+                continue
+            worker = self._idle.popleft()
+            self._busy.add(worker)
+            future.set_result(worker)
+
+    def _give_back(self, worker: Any) -> None:
+        self._busy.discard(worker)
+        self._idle.append(worker)
+        self._match()
+
+    def _drop(self, worker: Any) -> bool:
+        """Takes leave of a worker that has died or cannot be reached; returns whether it did so by itself.
+
+        A node may have been lost, and others with it, so those that are idle are asked whether they are still there.
+        """
+        self._busy.discard(worker)
+        ray.kill(worker)  # one that lives on out of reach would keep its share of the cluster
+        while self._idle:
+            self._welcome(self._idle.popleft())
+        by_itself = worker not in self._shed
+        self._shed.discard(worker)
+        self._match()
+        return by_itself
+
+    def _welcome(self, worker: Any) -> None:
+        self._arriving[worker] = asyncio.get_running_loop().create_task(self._arrive(worker))
+
+    async def _arrive(self, worker: Any) -> None:
+        """Takes a worker in when it answers."""
+        try:
+            await worker.__ray_ready__.remote()
+        except RayError as error:
+            # what was raised stands at the end, below a traceback
+            self._failures, self._why = self._failures + 1, str(error).strip().splitlines()[-1][:200]
+            ray.kill(worker)  # its answer may be lost alone: then it lives, and would keep its share
+        else:
+            self._failures = 0
+            self._idle.append(worker)
+        self._arriving.pop(worker, None)
+        self._match()

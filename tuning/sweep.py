@@ -134,7 +134,7 @@ class Sweep:
             self._crew.serve({})
             options: Any = WorkshopActor.options(scheduling_strategy=here())
             self._workshop = options.remote(str(self._directory.path), self._config, self._crew)
-            ray.get(self._workshop.ready.remote())
+            ray.get(self._workshop.open.remote())
             begun = time.monotonic()
             self._search()
             seconds, spans = time.monotonic() - begun, ray.get(self._workshop.spans.remote())

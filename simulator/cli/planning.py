@@ -47,6 +47,8 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
 
 
 def _table(config: RunConfig, plan: Plan) -> Table:
+    from simulator.plan.subjects import BENIGN, Marked
+
     table = Table(title=f"{config.name}: {len(plan.scenarios)} scenarios", title_justify="left")
     for name in ("scenario", "attack", "labels", "pool", "architecture", "from", "seed"):
         table.add_column(name, overflow="fold")
@@ -59,7 +61,7 @@ def _table(config: RunConfig, plan: Plan) -> Table:
             scenario.stages[0].labels,
             scenario.stages[0].pool_label,
             last.architecture or scenario.victim.architecture,
-            scenario.victim.watermark.name if scenario.victim.watermark else "benign",
+            scenario.victim.watermark.name if isinstance(scenario.victim, Marked) else BENIGN,
             str(scenario.seed),
             f"{scenario.budget:,}",
         )

@@ -155,7 +155,7 @@ def _recorded(
 
     info = collect_provenance(sys.argv, name=config.name, mode=mode, seeds=config.seeds, config_yaml=config.to_yaml())
     write_run_info(directory.path, info)
-    record = _Record(Display(console, total=len(plan.victims) + len(directory.open_scenarios(plan))))
+    record = _Record(Display(console, total=len(plan.victims) + len(directory.open_copies(plan))))
     try:
         with record.display:
             yield record

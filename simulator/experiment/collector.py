@@ -1,192 +1,219 @@
-"""The collector: alone holds the keys and the test images, measures every model and writes its row."""
+"""The collector: alone holds the keys and the test images; keeps every model that is made, and measures it.
+
+Everything that it measures lies in the run directory. So a collector that is started again, or another one on the same
+directory, measures the same.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from simulator.analysis.agreement import accuracy, agreement
-from simulator.data.dataset import Images
-from simulator.detectors.base import Detection, first_noticed
+from simulator.data.images import Images
+from simulator.detectors.base import Detection
 from simulator.detectors.clients import alarm_rate, watch_clients
+from simulator.experiment.owner import TrainedOwner
+from simulator.experiment.removal import Washed
+from simulator.experiment.rundir import Copy, RunDirectory
 from simulator.experiment.theft import Theft
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.ownership.wsr import small_key, verify
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import BENIGN, OwnerModel, Scenario
+from simulator.plan.subjects import BENIGN, Marked, OwnerModel, Removed, Stolen, Subject
 from simulator.records.detections import Source, detectors_json, write_detections
 from simulator.records.rows import Row, write_row
 from simulator.training.predict import predict_labels
 
 
 class Collector:
-    """Measures models against the owner's keys and test images.
+    """Keeps models in a run directory and measures them with the owner's keys and test images.
 
     Args:
-        run_dir: the run directory the rows are written to.
         config: of the run.
         dataset_name: as it stands in the rows.
         test: the held-out images, which nobody else has.
         held_out: the attacker's images, for benign clients to ask where detectors are configured.
+        device: where models are measured.
     """
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, dataset_name: str, test: Images, held_out: Images | None = None
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        dataset_name: str,
+        test: Images,
+        held_out: Images | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self._run_dir, self._config, self._dataset, self._test = run_dir, config, dataset_name, test
-        self._held_out = held_out
+        self._directory, self._config, self._dataset, self._test = directory, config, dataset_name, test
+        self._held_out, self._device = held_out, device or torch.device("cpu")
         self._config_json = config.to_json()
         self._labels: dict[str, Tensor] = {}
         self._keys: dict[str, KeySamples] = {}
-        self._benigns: dict[str, tuple[Classifier, float, datetime]] = {}
 
-    def __contains__(self, spec: OwnerModel) -> bool:
-        """Whether this model of the owner's has been added."""
-        return spec.id in self._labels
+    # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def accuracy(self, spec: OwnerModel) -> float:
-        """The test accuracy, in [0, 1], of a model of the owner's that has been added."""
-        return accuracy(self._labels[spec.id], self._test.labels)
+    def keep(self, subject: Subject, made: TrainedOwner | Theft | Washed) -> None:
+        """Writes a model, and all that came with it, to the run directory; its checkpoint goes."""
+        if isinstance(made, TrainedOwner):
+            assert isinstance(subject, OwnerModel)
+            self._directory.save_owner(subject, made)
+        elif isinstance(made, Theft):
+            assert isinstance(subject, Stolen)
+            if made.detections:
+                found: dict[Source, Sequence[Detection]] = {"attack": made.detections}
+                write_detections(
+                    self._directory.path, subject.id, subject.victim.id, found, self._config_json, subject.attack
+                )
+            self._directory.save_theft(subject, made)
+        else:
+            assert isinstance(subject, Removed)
+            self._directory.save_washed(subject, made)
+        self._directory.checkpoints.clear(subject.id)
 
-    def add_benign(self, spec: OwnerModel, model: Classifier, seconds: float, started: datetime) -> None:
-        """Takes the benign model of a seed. Its rows follow with each key, which :meth:`add_victim` brings."""
-        self._benigns[spec.id] = (model, seconds, started)
-        self._labels[spec.id] = predict_labels(model, self._test.images)
+    # -- measuring ---------------------------------------------------------------------------------------------------
 
-    def add_victim(
-        self, spec: OwnerModel, model: Classifier, key: KeySamples, seconds: float, started: datetime
-    ) -> list[Row]:
-        """Takes a marked victim and its key; measures it and the benign model with that key."""
-        self._keys[spec.id] = key
-        self._labels[spec.id] = predict_labels(model, self._test.images)
-        benign_model, benign_seconds, benign_started = self._benigns[spec.benign.id]
-        benign = self._owner_row(spec.benign, spec, benign_model, benign_seconds, benign_started)
-        victim = self._owner_row(spec, spec, model, seconds, started)
-        warnings = self._warnings(victim, benign, key)
-        victim = victim.model_copy(
-            update={
-                "false_trigger": key.info.get("false_trigger"),
-                "warning": "; ".join(warnings) or None,
-                **self._false_alarms(spec, model),
-            }
-        )
-        return [self._write(benign), self._write(victim)]
+    def measure(self, subject: Subject, keys: Sequence[Marked], charged: int = 0) -> list[Row]:
+        """Measures a model that is kept with each of the keys; gives the rows that were written.
 
-    def add_stolen(self, scenario: Scenario, theft: Theft, charged: int, keys: Sequence[OwnerModel]) -> list[Row]:
-        """Measures a stolen model with each key that concerns it.
+        A victim brings two rows: its own, and its benign model's with the same key.
 
-        ``charged`` is what the ledger says that the account spent; where the attacker's own count differs, the row is a
-        failure, for no figure of such a run can be trusted.
+        Args:
+            keys: the victims whose keys concern it (see :meth:`simulator.plan.subjects.Plan.keys_for`).
+            charged: images that the ledger says its theft was charged. Where the thief's own count differs, the rows
+                are failures, for no figure of such a run can be trusted.
         """
-        if theft.queries != charged:
-            error = f"the attacker counts {theft.queries} answered images, the ledger charged {charged}"
-            return self.add_failure(scenario, error, charged, keys)
-        if theft.detections:
-            found: dict[Source, Sequence[Detection]] = {"attack": theft.detections}
-            write_detections(self._run_dir, scenario.id, scenario.victim.id, found, self._config_json, scenario.attack)
-        rows = []
-        for of in keys:
-            columns = self._scenario_columns(scenario, of)
-            for queries, model in theft.snapshots:
-                point = {"scenario_id": f"{scenario.id}-q{queries}", "budget": queries}
-                rows.append(self._stolen_row({**columns, **point}, scenario, of, model, queries, theft))
-            rows.append(self._stolen_row(columns, scenario, of, theft.model, theft.queries, theft))
+        if isinstance(subject, Marked):
+            return self._measure_victim(subject)
+        assert isinstance(subject, Stolen | Removed)
+        copy = self._directory.load_copy(subject)
+        if copy.queries != charged:
+            error = f"the attacker counts {copy.queries} answered images, the ledger charged {charged}"
+            return self.fail(subject, error, keys, charged)
+        rows = [row for of in keys for row in self._copy_rows(subject, of, copy)]
         return [self._write(row) for row in rows]
 
-    def _stolen_row(
-        self,
-        columns: dict[str, Any],
-        scenario: Scenario,
-        of: OwnerModel,
-        model: Classifier,
-        queries: int,
-        theft: Theft,
-    ) -> Row:
-        labels = predict_labels(model, self._test.images)
-        noticed = first_noticed(theft.detections)
-        return Row(
-            **columns,
-            queries=queries,
-            detectors=detectors_json(tuple(dict.fromkeys(each.detector for each in theft.detections))),
-            detected_at=noticed if noticed is not None and noticed <= queries else None,
-            accuracy=accuracy(labels, self._test.labels),
-            agreement=agreement(labels, self._labels[scenario.victim.id]),
-            **self._verdict_columns(model, of),
-            seconds=theft.seconds,
-            started=theft.started,
-            finished=datetime.now(UTC),
+    def fail(self, subject: Subject, error: str, keys: Sequence[Marked], queries: int = 0) -> list[Row]:
+        """Writes the rows of a model that could not be made."""
+        columns: dict[str, Any] = {"status": "failed", "error": " ".join(error.split())}
+        if isinstance(subject, Marked):
+            return [self._write(Row(**self._owner_columns(subject, subject), **columns))]
+        assert isinstance(subject, Stolen | Removed)
+        return [self._write(Row(**self._copy_columns(subject, of), queries=queries, **columns)) for of in keys]
+
+    def accuracy(self, spec: OwnerModel) -> float:
+        """The test accuracy of an owner's model that is kept, in [0, 1]."""
+        return accuracy(self._labels_of(spec), self._test.labels)
+
+    # -- the owner's models ------------------------------------------------------------------------------------------
+
+    def _measure_victim(self, spec: Marked) -> list[Row]:
+        benign, owner = self._owner(spec.benign), self._owner(spec)
+        self._labels.pop(spec.id, None)  # it may have been trained again
+        unmarked = self._owner_row(spec.benign, spec, benign)
+        marked = self._owner_row(spec, spec, owner)
+        warnings = self._warnings(marked, unmarked, self._key(spec))
+        marked = marked.model_copy(
+            update={
+                "false_trigger": owner.false_trigger,
+                "warning": "; ".join(warnings) or None,
+                **self._false_alarms(spec, owner.model),
+            }
         )
+        return [self._write(unmarked), self._write(marked)]
 
-    def add_failure(self, scenario: Scenario, error: str, queries: int, keys: Sequence[OwnerModel]) -> list[Row]:
-        """Writes the rows of a scenario that failed."""
-        columns: dict[str, Any] = {"queries": queries, "status": "failed", "error": " ".join(error.split())}
-        return [self._write(Row(**self._scenario_columns(scenario, of), **columns)) for of in keys]
+    def _owner(self, spec: OwnerModel) -> TrainedOwner:
+        owner = self._directory.load_owner(spec)
+        assert owner is not None, f"{spec.id} is not kept"
+        owner.model.to(self._device)
+        return owner
 
-    def add_owner_failure(self, spec: OwnerModel, error: str) -> list[Row]:
-        """Writes the row of a victim whose training failed."""
-        columns = self._owner_columns(spec, spec)
-        return [self._write(Row(**columns, status="failed", error=" ".join(error.split())))]
+    def _labels_of(self, spec: OwnerModel) -> Tensor:
+        """The labels ``(N,)`` that an owner's model gives the test images."""
+        if spec.id not in self._labels:
+            self._labels[spec.id] = predict_labels(self._owner(spec).model, self._test.images)
+        return self._labels[spec.id]
 
-    def _write(self, row: Row) -> Row:
-        write_row(self._run_dir, row, self._config_json)
-        return row
+    def _key(self, spec: Marked) -> KeySamples:
+        if spec.id not in self._keys:
+            self._keys[spec.id] = self._directory.load_key(spec)
+        return self._keys[spec.id]
 
-    def _owner_columns(self, spec: OwnerModel, of: OwnerModel) -> dict[str, Any]:
-        marked = of.watermark
+    def _owner_columns(self, spec: OwnerModel, of: Marked) -> dict[str, Any]:
         return {
             "scenario_id": spec.id,
-            "role": "victim" if spec.watermark else "benign",
-            "victim": spec.id if spec.watermark else BENIGN,
+            "role": spec.role,
+            "victim": BENIGN if spec.control else spec.id,
             "dataset": self._dataset,
-            "watermark": marked.name if marked else BENIGN,
-            "watermark_params": marked.params_json() if marked else "{}",
+            "watermark": of.watermark.name,
+            "watermark_params": of.watermark.params_json(),
             "architecture": spec.architecture,
             "seed": spec.seed,
         }
 
-    def _owner_row(self, spec: OwnerModel, of: OwnerModel, model: Classifier, seconds: float, started: datetime) -> Row:
-        labels = self._labels[spec.id]
+    def _owner_row(self, spec: OwnerModel, of: Marked, owner: TrainedOwner) -> Row:
+        labels = self._labels_of(spec)
         return Row(
             **self._owner_columns(spec, of),
             accuracy=accuracy(labels, self._test.labels),
-            agreement=agreement(labels, self._labels[of.benign.id]),
-            **self._verdict_columns(model, of),
-            seconds=seconds,
-            started=started,
+            agreement=agreement(labels, self._labels_of(of.benign)),
+            **self._verdict_columns(owner.model, of),
+            seconds=owner.seconds,
+            started=owner.started,
             finished=datetime.now(UTC),
         )
 
-    def _scenario_columns(self, scenario: Scenario, of: OwnerModel) -> dict[str, Any]:
-        last, stages = scenario.stages[-1], scenario.stages
-        assert of.watermark is not None
-        params = [_stage_params(stage) for stage in stages]
-        single = stages[0].attack.params() | ({"accounts": last.accounts} if last.accounts > 1 else {})
+    # -- the thieves' models -----------------------------------------------------------------------------------------
+
+    def _copy_rows(self, subject: Stolen | Removed, of: Marked, copy: Copy) -> Iterable[Row]:
+        """The rows of one copy with one key: those of its budget curve, then its own."""
+        columns = self._copy_columns(subject, of)
+        for queries, model in copy.snapshots:
+            point = {"scenario_id": f"{subject.id}-q{queries}", "budget": queries}
+            yield self._copy_row({**columns, **point}, subject, of, replace(copy, model=model, queries=queries))
+        yield self._copy_row(columns, subject, of, copy)
+
+    def _copy_row(self, columns: dict[str, Any], subject: Stolen | Removed, of: Marked, copy: Copy) -> Row:
+        model = copy.model.to(self._device)
+        labels = predict_labels(model, self._test.images)
+        noticed = copy.noticed
+        return Row(
+            **columns,
+            queries=copy.queries if subject.theft else None,
+            detectors=copy.detectors,
+            detected_at=noticed if noticed is not None and noticed <= copy.queries else None,
+            accuracy=accuracy(labels, self._test.labels),
+            agreement=agreement(labels, self._labels_of(subject.owner)),
+            **self._verdict_columns(model, of),
+            seconds=copy.seconds,
+            started=copy.started,
+            finished=datetime.now(UTC),
+        )
+
+    def _copy_columns(self, subject: Stolen | Removed, of: Marked) -> dict[str, Any]:
         return {
-            "scenario_id": scenario.id,
-            "role": "stolen",
-            "victim": BENIGN if scenario.control else scenario.victim.id,
+            "scenario_id": subject.id,
+            "role": subject.role,
+            "victim": BENIGN if subject.control else subject.owner.id,
             "dataset": self._dataset,
             "watermark": of.watermark.name,
             "watermark_params": of.watermark.params_json(),
-            "architecture": last.architecture or scenario.victim.architecture,
-            "attack": scenario.attack,
-            "attack_params": json.dumps(params if len(stages) > 1 else single, sort_keys=True),
-            "labels": "+".join(dict.fromkeys(stage.labels for stage in stages)),
-            "pool": " then ".join(dict.fromkeys(stage.pool_label for stage in stages)),
-            "stage": len(stages),
-            "seed": scenario.seed,
-            "budget": scenario.budget,
-            "accounts": last.accounts,
+            "architecture": subject.architecture,
+            "seed": subject.seed,
+            **(_theft_columns(subject.theft) if subject.theft else {}),
+            **(_removal_columns(subject.chain) if isinstance(subject, Removed) else {}),
         }
 
-    def _verdict_columns(self, model: Classifier, of: OwnerModel) -> dict[str, Any]:
-        result = verify(model, self._keys[of.id], self._config.verification)
+    def _verdict_columns(self, model: Classifier, of: Marked) -> dict[str, Any]:
+        result = verify(model, self._key(of), self._config.verification)
         return {
             "wsr": result.wsr,
             "wsr_low": result.low,
@@ -196,24 +223,30 @@ class Collector:
             "verified": result.verified,
         }
 
-    def _false_alarms(self, spec: OwnerModel, model: Classifier) -> dict[str, Any]:
-        """The columns about the benign clients of a victim, simulated on the spot."""
+    def _write(self, row: Row) -> Row:
+        write_row(self._directory.path, row, self._config_json)
+        return row
+
+    # -- what the owner has to know ----------------------------------------------------------------------------------
+
+    def _false_alarms(self, spec: Marked, model: Classifier) -> dict[str, Any]:
+        """The columns about the benign clients of a victim, who are simulated on the spot."""
         detectors, clients = self._config.detectors, self._config.benign_clients
         if not detectors or not clients.count:
             return {}
         found: dict[Source, list[Detection]] = {
-            "test": watch_clients(detectors, clients, self._test, self._labels[spec.id], spec.id, "test")
+            "test": watch_clients(detectors, clients, self._test, self._labels_of(spec), spec.id, "test")
         }
         if self._held_out is not None:
             labels = predict_labels(model, self._held_out.images)
             found["held-out"] = watch_clients(detectors, clients, self._held_out, labels, spec.id, "held-out")
-        write_detections(self._run_dir, spec.id, spec.id, found, self._config_json)
+        write_detections(self._directory.path, spec.id, spec.id, found, self._config_json)
         rates = [rate for several in found.values() if (rate := alarm_rate(several)) is not None]
         return {"detectors": detectors_json(detectors), "false_alarms": sum(rates) / len(rates)}
 
     def _warnings(self, victim: Row, benign: Row, key: KeySamples) -> list[str]:
-        """What the owner has to know: a victim that lost accuracy, a key that the filter could not choose or of which
-        it left too little, benign clients that are all the same."""
+        """A victim that lost accuracy, a key that the filter could not choose or of which it left too little, benign
+        clients that are all the same."""
         found = []
         assert victim.accuracy is not None
         assert benign.accuracy is not None
@@ -247,6 +280,20 @@ class Collector:
         ]
 
 
+def _theft_columns(theft: Stolen) -> dict[str, Any]:
+    last, stages = theft.stages[-1], theft.stages
+    single = stages[0].attack.params() | ({"accounts": last.accounts} if last.accounts > 1 else {})
+    return {
+        "attack": theft.attack,
+        "attack_params": json.dumps([_stage_params(s) for s in stages] if len(stages) > 1 else single, sort_keys=True),
+        "labels": "+".join(dict.fromkeys(stage.labels for stage in stages)),
+        "pool": " then ".join(dict.fromkeys(stage.pool_label for stage in stages)),
+        "stage": len(stages),
+        "budget": theft.budget,
+        "accounts": last.accounts,
+    }
+
+
 def _stage_params(stage: StageConfig) -> dict[str, Any]:
     """A stage of several, as it stands in ``attack_params``."""
     return {
@@ -256,4 +303,13 @@ def _stage_params(stage: StageConfig) -> dict[str, Any]:
         "labels": stage.labels,
         "architecture": stage.architecture,
         "budget": stage.budget,
+    }
+
+
+def _removal_columns(chain: Sequence[Removed]) -> dict[str, Any]:
+    """One removal as an object of its settings, several as a list of them."""
+    params = [{**each.removal.params(), **({"pool": each.pool.label} if each.pool else {})} for each in chain]
+    return {
+        "removal": "+".join(each.removal.name for each in chain),
+        "removal_params": json.dumps(params if len(params) > 1 else params[0], sort_keys=True),
     }

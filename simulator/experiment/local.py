@@ -1,10 +1,12 @@
-"""The plain loop: a whole run in one process, without Ray, one step after the other.
+"""A whole run in one process, without Ray: the scheduler over a bench that computes here, one step after the other.
 
-It computes what the Ray runner computes, by the same functions and through the same ledger, and gives equal rows.
+It computes what the Ray run computes, by the same functions and through the same ledger, and gives equal rows.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,11 +16,14 @@ from simulator.experiment.collector import Collector
 from simulator.experiment.display import Display
 from simulator.experiment.owner import TrainedOwner, train_owner
 from simulator.experiment.preflight import prepare
+from simulator.experiment.removal import Washed, wash
 from simulator.experiment.rundir import RunDirectory
-from simulator.experiment.theft import run_scenario
+from simulator.experiment.schedule import Scheduler, WorkFailed
+from simulator.experiment.theft import Theft, run_scenario
 from simulator.experiment.world import World
+from simulator.models import Classifier
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import OwnerModel, Plan, Scenario
+from simulator.plan.subjects import Marked, OwnerModel, Plan, Removed, Stolen, Subject
 from simulator.records.rows import Row
 from simulator.service.ledger import Ledger
 from simulator.service.local import LocalTransport
@@ -28,17 +33,14 @@ from simulator.training.predict import choose_device, use_one_thread
 
 
 class LocalRun:
-    """One run, step by step. :meth:`run` does all that is not done yet."""
+    """One run in this process, and its bench (see :class:`~simulator.experiment.schedule.Bench`)."""
 
     def __init__(self, config: RunConfig, plan: Plan, world: World, directory: RunDirectory, display: Display) -> None:
         self._config, self._plan, self._world = config, plan, world
         self._directory, self._display = directory, display
         self._device = choose_device(config.device)
-        self._owners: dict[str, TrainedOwner] = {}
-        self._failed: dict[str, str] = {}
-        self._collector = Collector(
-            directory.path, config, world.dataset.name, world.dataset.test, world.dataset.attacker
-        )
+        dataset = world.dataset
+        self._collector = Collector(directory, config, dataset.name, dataset.test, dataset.attacker, self._device)
         self._ledger = Ledger(directory.ledger, sync=config.sync_ledger)
         self._service = VictimService(self._device, config.resources.precision)
         self._log = QueryLog(directory.query_log.write, plan.attacks) if config.query_log else None
@@ -51,91 +53,75 @@ class LocalRun:
         """
         use_one_thread()
         try:
-            for spec in self._plan.benigns:
-                self._benign(spec)
-            for spec in self._plan.victims:
-                self._display.rows(self._victim(spec))
-            for scenario in self._directory.open_scenarios(self._plan):
-                self._display.rows(self._scenario(scenario))
+            asyncio.run(self._run())
         finally:
             if self._log is not None:
                 self._log.close()
-                self._directory.restore_query_log(self._plan, self._ledger)
             self._ledger.close()
+            if self._log is not None:
+                self._directory.restore_query_log(self._plan.attacks)
         return all(row.status == "ok" for row in self._directory.rows())
 
-    def _train(self, spec: OwnerModel) -> TrainedOwner:
-        owner = self._directory.load_owner(spec)
-        if owner is None:
-            benign = self._owners[spec.benign.id].model if spec.watermark else None
-            with self._display.task(spec.label) as progress:
-                checkpoint = self._directory.checkpoints.checkpoint(spec.id)
-                owner = train_owner(spec, self._world, benign, self._device, progress, checkpoint)
-            self._directory.save_owner(spec, owner)
-            self._directory.checkpoints.clear(spec.id)
-        self._owners[spec.id] = owner
-        self._service.add(spec.id, owner.model)
-        return owner
+    async def _run(self) -> None:
+        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows)
+        for subject in (*self._plan.victims, *self._directory.open_copies(self._plan)):
+            await scheduler.measured(subject)  # one after the other: there is one process
 
-    def _benign(self, spec: OwnerModel) -> None:
-        """Trains a benign model. Where that fails, all that needs it becomes rows with the error, each in its turn."""
+    async def make(self, subject: Subject) -> None:
+        """See :class:`~simulator.experiment.schedule.Bench`."""
         try:
-            owner = self._train(spec)
-        except Exception as error:
-            self._failed[spec.id] = one_line(error)
-            return
-        self._collector.add_benign(spec, owner.model, owner.seconds, owner.started)
-
-    def _victim(self, spec: OwnerModel) -> list[Row]:
-        if spec.benign.id in self._failed:
-            return self._lose(spec, self._failed[spec.benign.id])
-        try:
-            owner = self._train(spec)
+            made = self._make(subject)
         except Exception as error:  # whatever fails becomes a row
-            return self._lose(spec, one_line(error))
-        assert owner.key is not None
-        return self._collector.add_victim(spec, owner.model, owner.key, owner.seconds, owner.started)
+            raise WorkFailed(one_line(error), self._spent(subject)) from error
+        self._collector.keep(subject, made)
 
-    def _lose(self, spec: OwnerModel, why: str) -> list[Row]:
-        self._failed[spec.id] = why
-        return self._collector.add_owner_failure(spec, why)
+    async def measure(self, subject: Subject, keys: Sequence[Marked]) -> list[Row]:
+        """See :class:`~simulator.experiment.schedule.Bench`."""
+        return self._collector.measure(subject, keys, self._spent(subject))
 
-    def _scenario(self, scenario: Scenario) -> list[Row]:
-        keys = [of for of in self._plan.keys_for(scenario) if of.id not in self._failed]
-        lost = [of for of in self._plan.keys_for(scenario) if of.id in self._failed]
-        rows = []
-        for of in lost:
-            error = f"its victim could not be trained: {self._failed[of.id]}"
-            rows += self._collector.add_failure(scenario, error, 0, [of])
-        if not keys:
-            return rows
-        tokens = self._directory.tokens(scenario)
+    async def fail(self, subject: Subject, why: str, keys: Sequence[Marked], queries: int) -> list[Row]:
+        """See :class:`~simulator.experiment.schedule.Bench`."""
+        return self._collector.fail(subject, why, keys, queries)
+
+    def _make(self, subject: Subject) -> TrainedOwner | Theft | Washed:
+        if isinstance(subject, Stolen):
+            return self._steal(subject)
+        with self._display.task(subject.label) as progress:
+            if isinstance(subject, Removed):
+                target = self._directory.load_model(subject.target)
+                return wash(subject, target, self._world.for_attackers(), self._device, progress)
+            assert isinstance(subject, OwnerModel)
+            benign = self._load(subject.benign) if isinstance(subject, Marked) else None
+            checkpoint = self._directory.checkpoints.checkpoint(subject.id)
+            return train_owner(subject, self._world, benign, self._device, progress, checkpoint)
+
+    def _steal(self, theft: Stolen) -> Theft:
+        tokens = self._directory.tokens(theft)
         for account, token in tokens.items():
-            self._ledger.open(account, scenario.terms(account, token))
-        triggers = self._owners[scenario.triggers_of.id].triggers if scenario.triggers_of else None
-        try:
-            with self._display.task(scenario.label, scenario.budget, lambda: self._spent(scenario)) as progress:
-                theft = run_scenario(
-                    scenario,
-                    self._world.for_attackers(),
-                    self._transport,
-                    tokens,
-                    triggers,
-                    self._device,
-                    progress,
-                    record=self._config.save_transfer_sets,
-                    detectors=self._config.detectors,
-                    checkpoint=self._directory.checkpoints.checkpoint(scenario.id),
-                )
-        except Exception as error:
-            every = self._plan.keys_for(scenario)
-            return self._collector.add_failure(scenario, one_line(error), self._spent(scenario), every)
-        self._directory.save_theft(scenario, theft)
-        self._directory.checkpoints.clear(scenario.id)
-        return rows + self._collector.add_stolen(scenario, theft, self._spent(scenario), keys)
+            self._ledger.open(account, theft.terms(account, token))
+        if theft.victim.id not in self._service:
+            self._service.add(theft.victim.id, self._load(theft.victim))
+        triggers = self._directory.load_triggers(theft.triggers_of) if theft.triggers_of else None
+        with self._display.task(theft.label, theft.budget, lambda: self._spent(theft)) as progress:
+            return run_scenario(
+                theft,
+                self._world.for_attackers(),
+                self._transport,
+                tokens,
+                triggers,
+                self._device,
+                progress,
+                record=self._config.save_transfer_sets,
+                detectors=self._config.detectors,
+                checkpoint=self._directory.checkpoints.checkpoint(theft.id),
+            )
 
-    def _spent(self, scenario: Scenario) -> int:
-        return sum(self._ledger.spent(account) for account in scenario.accounts)
+    def _load(self, spec: OwnerModel) -> Classifier:
+        return self._directory.load_model(spec).to(self._device)
+
+    def _spent(self, subject: Subject) -> int:
+        theft = subject.theft
+        return sum(self._ledger.spent(account) for account in theft.accounts) if theft else 0
 
 
 def run_config(config: RunConfig, out: Path | None = None, data_dir: Path | None = None) -> list[Row]:
@@ -150,7 +136,7 @@ def run_config(config: RunConfig, out: Path | None = None, data_dir: Path | None
     """
     plan, world = prepare(config, data_dir)
     directory = RunDirectory.create(config, out)
-    display = Display(Console(stderr=True), total=len(plan.scenarios), quiet=True)
+    display = Display(Console(stderr=True), total=len(plan.victims) + len(plan.copies), quiet=True)
     with directory.held(), display:
         LocalRun(config, plan, world, directory, display).run()
     return directory.rows()

@@ -17,7 +17,7 @@ from simulator.experiment.theft import build_surrogate
 from simulator.experiment.world import World
 from simulator.models import Classifier, build
 from simulator.ownership.key import KeySamples
-from simulator.plan.subjects import OwnerModel
+from simulator.plan.subjects import Marked, OwnerModel
 from simulator.progress import Progress, silent
 from simulator.seeding import generator_for
 from simulator.training.fit import fit
@@ -73,7 +73,7 @@ def train_owner(
     """Trains the benign model, or (given the benign one) a marked victim with its key."""
     started, clock = datetime.now(UTC), time.perf_counter()
     dataset = world.dataset
-    if spec.watermark is None:
+    if not isinstance(spec, Marked):
         generator = generator_for("owner", spec.training_id)
         model = build_owner_model(spec, dataset, device, generator)
         fit(
@@ -116,7 +116,7 @@ class _PhaseOver(Exception):
 
 
 def train_phase(
-    spec: OwnerModel,
+    spec: Marked,
     world: World,
     benign: Classifier,
     until: str,
@@ -145,7 +145,7 @@ def train_phase(
 
 
 def _embed(
-    spec: OwnerModel,
+    spec: Marked,
     world: World,
     benign: Classifier,
     device: torch.device,
@@ -154,7 +154,6 @@ def _embed(
     on_phase: PhaseListener = unheard,
 ) -> Embedding:
     """The marked victim and its key candidates."""
-    assert spec.watermark is not None
     benign.to(device)
     task = OwnerTask(
         world.dataset,
@@ -176,7 +175,7 @@ def _false_trigger(embedding: Embedding) -> float | None:
 
 
 def _filtered(
-    spec: OwnerModel,
+    spec: Marked,
     world: World,
     embedding: Embedding,
     benign: Classifier,
@@ -185,7 +184,6 @@ def _filtered(
 ) -> KeySamples:
     """The key: the embedding's candidates after the two-stage filter."""
     rule = spec.key_filter
-    assert rule is not None
     if rule.stages == "none":
         return rule.select(embedding.candidates, victim=embedding.model, surrogate=embedding.model, benign=benign)
     generator = generator_for("filter", spec.id)

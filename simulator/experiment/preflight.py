@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from simulator.data.dataset import AbsentError, Dataset, load, training_images
-from simulator.data.pool import pool_size, without_test_images
+from simulator.data.pool import PoolSpec, pool_size, without_test_images
 from simulator.errors import InputError, one_line
 from simulator.experiment.world import World
 from simulator.models import build
 from simulator.ownership.key import KeySamples
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import Plan, make_plan
+from simulator.plan.subjects import Plan, Removed, Stolen, make_plan
 from simulator.seeding import generator_for
 from simulator.service.answers import most_kept
 
@@ -67,10 +68,17 @@ def look_at(config: RunConfig, data_dir: Path | None = None) -> tuple[dict[str, 
 
 def foreign_names(config: RunConfig, plan: Plan) -> list[str]:
     """The data sets beside the victim's that pools of a run draw from, sorted."""
-    specs = [pool for scenario in plan.scenarios for stage in scenario.stages for pool in stage.pools]
+    specs = [pool for _, pool in attackers_pools(plan)]
     if config.watermarks and config.key_filter.stages != "none":
         specs.append(config.key_filter.pool)
     return sorted({name for spec in specs for name in spec.parts if name not in OWN_PARTS})
+
+
+def attackers_pools(plan: Plan) -> Iterator[tuple[Stolen | Removed, PoolSpec]]:
+    """Every pool that a thief draws from, with the model that is made with it."""
+    for scenario in plan.scenarios:
+        yield from ((scenario, pool) for stage in scenario.stages for pool in stage.pools)
+    yield from ((removed, removed.pool) for removed in plan.removals if removed.pool is not None)
 
 
 def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None, *, download: bool = True) -> World:
@@ -101,17 +109,18 @@ def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
         _filter_pool_fits(config, world)
     tried: dict[str, None] = {}
     triggers = KeySamples(world.dataset.owner.images[:1], world.dataset.owner.labels[:1], world.dataset.classes)
-    for scenario in plan.scenarios:
-        for spec in (pool for stage in scenario.stages for pool in stage.pools):
-            if spec.model_dump_json() in tried:
-                continue
-            tried[spec.model_dump_json()] = None
-            try:
-                world.pool(spec, 4, generator_for("check"), triggers)
-            except InputError as error:
-                raise InputError(f"{config.name}: pool {spec.label}: {error}") from None
-            except (RuntimeError, MemoryError) as error:  # torch's word for too little memory is RuntimeError
-                raise InputError(f"{config.name}: pool {spec.label}: cannot be built: {one_line(error)}") from None
+    for copy, spec in attackers_pools(plan):
+        if spec.model_dump_json() in tried:
+            continue
+        tried[spec.model_dump_json()] = None
+        if isinstance(copy, Removed) and "triggers" in spec.parts:
+            raise InputError(f"{config.name}: pool {spec.label}: 'triggers' is for thefts; a removal's pool has none")
+        try:
+            world.pool(spec, 4, generator_for("check"), triggers)
+        except InputError as error:
+            raise InputError(f"{config.name}: pool {spec.label}: {error}") from None
+        except (RuntimeError, MemoryError) as error:  # torch's word for too little memory is RuntimeError
+            raise InputError(f"{config.name}: pool {spec.label}: cannot be built: {one_line(error)}") from None
 
 
 def _filter_pool_fits(config: RunConfig, world: World) -> None:
@@ -141,7 +150,7 @@ def labels_fit(plan: Plan, dataset: Dataset) -> None:
         InputError: naming the mode and the number of classes.
     """
     modes = {stage.labels: "labels" for scenario in plan.scenarios for stage in scenario.stages}
-    modes |= {spec.key_filter.labels: "key_filter.labels" for spec in plan.victims if spec.key_filter}
+    modes |= {spec.key_filter.labels: "key_filter.labels" for spec in plan.victims}
     for mode, where in modes.items():
         if most_kept(mode) > dataset.classes:
             raise InputError(
@@ -157,8 +166,7 @@ def watermarks_fit(plan: Plan, dataset: Dataset) -> None:
         InputError: naming the scheme and what is wrong.
     """
     for spec in plan.victims:
-        if spec.watermark is not None:
-            spec.watermark.check(dataset)
+        spec.watermark.check(dataset)
 
 
 def architectures_fit(plan: Plan, dataset: Dataset) -> None:
@@ -168,7 +176,7 @@ def architectures_fit(plan: Plan, dataset: Dataset) -> None:
         InputError: naming the architecture and the smallest size it takes.
     """
     names = {spec.architecture for spec in plan.benigns}
-    optional = {spec.key_filter.architecture for spec in plan.victims if spec.key_filter}
+    optional = {spec.key_filter.architecture for spec in plan.victims}
     optional |= {stage.architecture for scenario in plan.scenarios for stage in scenario.stages}
     for name in sorted(names | {name for name in optional if name}):
         with torch.device("meta"):

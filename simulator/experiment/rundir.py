@@ -15,27 +15,54 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from simulator.checkpoint import CheckpointFolder
 from simulator.data.dataset import Images
+from simulator.detectors.base import first_noticed
 from simulator.errors import InputError
 from simulator.experiment.owner import TrainedOwner
+from simulator.experiment.removal import Washed
 from simulator.experiment.theft import Theft
 from simulator.files import LOCK, Folder, locked, write_atomically
-from simulator.models import load_model, save_model
-from simulator.ownership.key import load_key, save_key
+from simulator.models import Classifier, load_model, save_model
+from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.plan.config import RunConfig, read_config
-from simulator.plan.subjects import OwnerModel, Plan, Scenario
+from simulator.plan.subjects import Marked, OwnerModel, Plan, Removed, Stolen, Subject
+from simulator.records.detections import detectors_json
 from simulator.records.rows import Row, read_rows
 from simulator.service.ledger import Ledger
 from simulator.service.log import restore
 from simulator.tensorfile import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A thief's model with what is measured of it.
+
+    Attributes:
+        queries: victim images that its theft was answered, by the thief's own count; 0 without a theft.
+        seconds: of making it from its parent.
+        snapshots: the model at stages of the budget: number of queries, and model.
+        detectors: that watched its accounts, as in a row.
+        noticed: images after which the first of them noticed it; None for never.
+    """
+
+    model: Classifier
+    queries: int
+    seconds: float
+    started: datetime
+    snapshots: tuple[tuple[int, Classifier], ...] = ()
+    detectors: str | None = None
+    noticed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +134,16 @@ class RunDirectory:
         """The parts of the query log."""
         return Folder(self.path / "queries", ".parquet")
 
-    def restore_query_log(self, plan: Plan, ledger: Ledger) -> None:
-        """Adds to the query log what kills have swallowed (see :func:`simulator.service.log.restore`)."""
-        restore(self.path / "queries", ledger, plan.attacks)
+    def restore_query_log(self, attacks: Mapping[str, str]) -> None:
+        """Adds to the query log what kills have swallowed (see :func:`simulator.service.log.restore`). No other ledger
+        has the log open now.
+
+        Args:
+            attacks: the attack behind each account.
+        """
+        ledger = Ledger(self.ledger)
+        restore(self.path / "queries", ledger, attacks)
+        ledger.close()
 
     @cached_property
     def _secret(self) -> bytes:
@@ -121,13 +155,21 @@ class RunDirectory:
             write_atomically(file, secrets.token_hex(32).encode(), mode=0o600)
         return file.read_bytes()
 
-    def tokens(self, scenario: Scenario) -> dict[str, str]:
-        """The secret token of each of a scenario's accounts."""
-        return {account: self.token(account) for account in scenario.accounts}
+    def tokens(self, theft: Stolen) -> dict[str, str]:
+        """The secret token of each of a theft's accounts."""
+        return {account: self.token(account) for account in theft.accounts}
 
     def token(self, account: str) -> str:
         """The secret token of an account; the same when the run is resumed."""
         return hmac.new(self._secret, account.encode(), hashlib.sha256).hexdigest()
+
+    def has(self, subject: Subject) -> bool:
+        """Whether a model, and all that belongs to it, lies here."""
+        file = self._model(subject.file)
+        if not file.exists():
+            return False
+        # earlier versions kept no counts beside a copy, which cannot be measured without them
+        return isinstance(subject, OwnerModel) or "copy" in _metadata(file)
 
     def save_owner(self, spec: OwnerModel, owner: TrainedOwner) -> None:
         """Writes an owner's model, key (with what it was filtered from, so that a WSR before the filter can be had
@@ -138,11 +180,7 @@ class RunDirectory:
             save_key(owner.key, self.path / "keys" / f"{spec.id}.safetensors")
             save_key(owner.triggers, self.path / "keys" / f"{spec.id}.triggers.safetensors")
         header = {"seconds": owner.seconds, "started": owner.started.isoformat(), "false_trigger": owner.false_trigger}
-        save_model(owner.model, self._model(spec.id), {"owner": json.dumps(header)})
-
-    def has_owner(self, spec: OwnerModel) -> bool:
-        """Whether :meth:`save_owner` has written this model."""
-        return self._model(spec.id).exists()
+        save_model(owner.model, self._model(spec.file), {"owner": json.dumps(header)})
 
     def check_owners(self, plan: Plan) -> None:
         """Sees that every model and key of the owner's that lies here can be read.
@@ -150,31 +188,89 @@ class RunDirectory:
         Raises:
             InputError: one is damaged.
         """
-        for spec in (*plan.benigns, *plan.victims):
+        for spec in plan.owners:
             try:
                 self.load_owner(spec)
             except InputError as error:
-                file = self._model(spec.id)
+                file = self._model(spec.file)
                 raise InputError(f"{error}; remove {file}, and the model is trained again") from None
 
     def load_owner(self, spec: OwnerModel) -> TrainedOwner | None:
         """What :meth:`save_owner` wrote, or None if the model is not trained yet."""
-        if not self.has_owner(spec):
+        if not self._model(spec.file).exists():
             return None
-        model, metadata = load_model(self._model(spec.id))
-        try:
-            header = json.loads(metadata["owner"])
-        except (KeyError, ValueError):
-            raise InputError(f"{self._model(spec.id)}: not an owner's model of a run") from None
-        marked = spec.watermark is not None
+        model, header = self._load(spec, "owner")
+        marked = isinstance(spec, Marked)
         return TrainedOwner(
             model,
-            load_key(self.path / "keys" / f"{spec.id}.safetensors") if marked else None,
-            load_key(self.path / "keys" / f"{spec.id}.triggers.safetensors") if marked else None,
+            self.load_key(spec) if marked else None,
+            self.load_triggers(spec) if marked else None,
             header["false_trigger"],
             header["seconds"],
             datetime.fromisoformat(header["started"]),
         )
+
+    def load_key(self, spec: OwnerModel) -> KeySamples:
+        """A victim's key."""
+        return load_key(self.path / "keys" / f"{spec.id}.safetensors")
+
+    def load_triggers(self, spec: OwnerModel) -> KeySamples:
+        """A victim's triggers, for pools that ask for some."""
+        return load_key(self.path / "keys" / f"{spec.id}.triggers.safetensors")
+
+    def load_model(self, subject: Subject) -> Classifier:
+        """A model that lies here, without what belongs to it."""
+        return load_model(self._model(subject.file))[0]
+
+    def save_theft(self, theft: Stolen, made: Theft) -> None:
+        """Writes a stolen model, the models of its budget curve, and its transfer sets if they were kept; the model
+        last, as the sign that all is there."""
+        for account, transfer_set in made.transfer_sets.items():
+            write_atomically(self.path / "transfer" / f"{account}.safetensors", transfer_set)
+        for queries, model in made.snapshots:
+            save_model(model, self._model(f"{theft.file}-q{queries}"), {"stolen": json.dumps({"scenario": theft.id})})
+        header = {
+            "queries": made.queries,
+            "seconds": made.seconds,
+            "started": made.started.isoformat(),
+            "snapshots": [queries for queries, _ in made.snapshots],
+            "detectors": detectors_json(tuple(dict.fromkeys(each.detector for each in made.detections))),
+            "noticed": first_noticed(made.detections),
+        }
+        self._save_copy(theft, made.model, header)
+
+    def save_washed(self, subject: Removed, made: Washed) -> None:
+        """Writes a model after a removal."""
+        self._save_copy(subject, made.model, {"seconds": made.seconds, "started": made.started.isoformat()})
+
+    def _save_copy(self, subject: Stolen | Removed, model: Classifier, header: dict[str, Any]) -> None:
+        about = {"scenario": subject.id, "victim": subject.owner.id}
+        save_model(model, self._model(subject.file), {"copy": json.dumps(header), "stolen": json.dumps(about)})
+
+    def load_copy(self, subject: Stolen | Removed) -> Copy:
+        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy has its theft's queries."""
+        model, header = self._load(subject, "copy")
+        theft = subject.theft
+        count = header if isinstance(subject, Stolen) else self._header(theft, "copy") if theft else {"queries": 0}
+        return Copy(
+            model,
+            count["queries"],
+            header["seconds"],
+            datetime.fromisoformat(header["started"]),
+            tuple((q, load_model(self._model(f"{subject.file}-q{q}"))[0]) for q in header.get("snapshots", ())),
+            header.get("detectors"),
+            header.get("noticed"),
+        )
+
+    def _load(self, subject: Subject, kind: str) -> tuple[Classifier, dict[str, Any]]:
+        return load_model(self._model(subject.file))[0], self._header(subject, kind)
+
+    def _header(self, subject: Subject, kind: str) -> dict[str, Any]:
+        file = self._model(subject.file)
+        try:
+            return dict(json.loads(_metadata(file)[kind]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file}: not a model of this run") from None
 
     def save_test(self, test: Images, held_out: Images | None = None) -> None:
         """Lays the test images, and the attacker's where benign clients need them, ready for a collector in another
@@ -194,37 +290,35 @@ class RunDirectory:
         """Removes what :meth:`save_test` wrote."""
         self.checkpoints.clear("test")
 
-    def save_theft(self, scenario: Scenario, theft: Theft) -> None:
-        """Writes a stolen model, and its transfer set if that was kept."""
-        about = {"scenario": scenario.id, "victim": scenario.victim.id}
-        save_model(theft.model, self._model(f"stolen-{scenario.id}"), {"stolen": json.dumps(about)})
-        for account, transfer_set in theft.transfer_sets.items():
-            write_atomically(self.path / "transfer" / f"{account}.safetensors", transfer_set)
-
     def rows(self) -> list[Row]:
         """The rows so far; none for a run that has not measured anything."""
         return read_rows(self.path) if any((self.path / "results").glob("*.parquet")) else []
 
-    def open_scenarios(self, plan: Plan) -> list[Scenario]:
-        """The scenarios that lack a row, or have a failed one, in the order of the plan."""
+    def open_copies(self, plan: Plan) -> list[Stolen | Removed]:
+        """The thefts and removals that lack a row, or have a failed one, in the order of the plan."""
         good = {
             (row.scenario_id, row.role, row.watermark, row.watermark_params)
             for row in self.rows()
             if row.status == "ok"
         }
 
-        def done(scenario: Scenario) -> bool:
-            wanted = {
-                (scenario.id, "stolen", of.watermark.name, of.watermark.params_json())
-                for of in plan.keys_for(scenario)
-                if of.watermark is not None
-            }
-            return wanted <= good
+        def done(copy: Stolen | Removed) -> bool:
+            marks = [of.watermark for of in plan.keys_for(copy)]
+            return {(copy.id, copy.role, mark.name, mark.params_json()) for mark in marks} <= good
 
-        return [scenario for scenario in plan.scenarios if not done(scenario)]
+        return [copy for copy in plan.copies if not done(copy)]
 
     def _model(self, name: str) -> Path:
         return self.path / "models" / f"{name}.safetensors"
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    """The texts in the head of a safetensors file; its tensors are not read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable model: {' '.join(str(error).split())}") from None
 
 
 def _demand_unused(path: Path) -> None:

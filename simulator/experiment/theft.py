@@ -18,7 +18,7 @@ from simulator.detectors.base import Detection, Detector, watches
 from simulator.experiment.world import World
 from simulator.models import Classifier, build, from_bytes, to_bytes
 from simulator.ownership.key import KeySamples
-from simulator.plan.subjects import Scenario
+from simulator.plan.subjects import Stolen
 from simulator.progress import Progress, prefixed, silent
 from simulator.seeding import generator_for
 from simulator.service.oracle import AllowanceOracle, ModelOracle, Oracle, ServiceOracle, SharedOracle, Transport
@@ -35,7 +35,7 @@ def build_surrogate(
 
 
 def steal(
-    scenario: Scenario,
+    scenario: Stolen,
     world: World,
     oracle: Oracle,
     triggers: KeySamples | None,
@@ -143,7 +143,7 @@ class AttackerCheckpoint:
 
 
 def run_scenario(
-    scenario: Scenario,
+    scenario: Stolen,
     world: World,
     transport: Transport,
     tokens: Mapping[str, str],

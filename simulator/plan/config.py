@@ -5,9 +5,10 @@ The file is a preset's name (``digits``) or a path. Everything that can be wrong
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
@@ -21,6 +22,7 @@ from simulator.models import ARCHITECTURES
 from simulator.ownership.key_filter import KeyFilter
 from simulator.ownership.wsr import Verification
 from simulator.plan.settings_file import apply_override, as_line, dump_yaml, read_settings
+from simulator.removals.base import REMOVALS
 from simulator.service.answers import Labels
 from simulator.service.victim import Precision
 from simulator.training.recipe import Recipe
@@ -90,11 +92,57 @@ class StageConfig(Settings):
         return "none" if self.attack.data_free else " then ".join(dict.fromkeys(pool.label for pool in self.pools))
 
 
+def _siblings(value: object) -> object:
+    """One removal for each combination of a mapping's lists: ``{name: pruning, fraction: [0.2, 0.4]}`` is two.
+
+    A field that is a list by itself is left alone.
+    """
+    if not isinstance(value, Mapping):
+        return _many(value)
+    cls = REMOVALS.classes().get(str(value.get("name")))
+    fields = cls.model_fields if cls else {}
+    lists = [
+        name
+        for name, given in value.items()
+        if isinstance(given, list) and name in fields and not _takes_a_list(fields[name].annotation)
+    ]
+    grid = itertools.product(*(value[name] for name in lists))
+    return tuple({**value, **dict(zip(lists, values, strict=True))} for values in grid)
+
+
+def _takes_a_list(annotation: Any) -> bool:
+    return get_origin(annotation) in (tuple, list) or any(map(_takes_a_list, get_args(annotation)))
+
+
+class Then(Settings):
+    """What a thief does to a model that it holds.
+
+    Attributes:
+        removal: one removal, or several; a list in place of a setting is several, too. All are applied to the same
+            model, side by side.
+        pool: the images that the thief has for it; a removal that needs none leaves it alone.
+        then: what is done to each result.
+    """
+
+    removal: Annotated[tuple[REMOVALS.field(), ...], BeforeValidator(_siblings)]  # type: ignore[valid-type]
+    pool: PoolField = PoolSpec(parts={"attacker": 1.0})
+    then: tuple[Then, ...] = ()
+
+    @model_validator(mode="after")
+    def _something(self) -> Then:
+        if not self.removal:
+            raise InputError("removal: an empty list removes nothing")
+        return self
+
+
 class ScenarioConfig(Settings):
     """A grid of scenarios: every field but ``attack`` may be a list, and all combinations are run.
 
     ``stages`` describes a theft from a theft in place of the other fields: each stage but the first queries the model
     stolen by the stage before, which costs no victim query.
+
+    ``then`` says what is done to each stolen copy. A scenario with nothing but ``then`` steals nothing: the thief has
+    the victim's model itself, as after a leak.
     """
 
     attack: ATTACKS.field() | None = None  # type: ignore[valid-type]
@@ -106,16 +154,24 @@ class ScenarioConfig(Settings):
     accounts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_many)] = (1,)
     curve: tuple[Budget, ...] = ()
     stages: tuple[StageConfig, ...] | None = None
+    then: tuple[Then, ...] = ()
+
+    @property
+    def leaked(self) -> bool:
+        """Whether nothing is stolen: the thief has the victim's model itself."""
+        return self.attack is None and self.stages is None
 
     @model_validator(mode="after")
     def _one_kind(self) -> ScenarioConfig:
-        if (self.attack is None) == (self.stages is None):
-            raise InputError("a scenario has either 'attack' or 'stages'")
+        if (self.attack is not None and self.stages is not None) or (self.leaked and not self.then):
+            raise InputError("a scenario has either 'attack' or 'stages', or only 'then'")
         # to_yaml writes the defaults out: they say nothing
         fields = type(self).model_fields.items()
-        other = any(getattr(self, name) != field.default for name, field in fields if name != "stages")
+        other = any(getattr(self, name) != field.default for name, field in fields if name not in ("stages", "then"))
+        if self.leaked and other:
+            raise InputError("a scenario without 'attack' or 'stages' has no other key than 'then'")
         if self.stages is not None and (len(self.stages) < 2 or other):
-            raise InputError("'stages' needs two entries or more, and no other key beside it")
+            raise InputError("'stages' needs two entries or more, and no other key beside it but 'then'")
         if self.stages is not None and any(stage.curve or stage.accounts > 1 for stage in self.stages):
             raise InputError("stages: 'curve' and 'accounts' are for scenarios of one stage")
         for field in ("pool", "labels", "architecture", "budget", "accounts"):
@@ -128,7 +184,9 @@ class ScenarioConfig(Settings):
         return self
 
     def expand(self) -> list[tuple[StageConfig, ...]]:
-        """The stages of every scenario of the grid."""
+        """The stages of every scenario of the grid; none where nothing is stolen."""
+        if self.leaked:
+            return []
         if self.stages is not None:
             return [self.stages]
         return [

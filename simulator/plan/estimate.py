@@ -30,7 +30,7 @@ from simulator.data.dataset import Outline
 from simulator.models import build
 from simulator.models.classifier import parameter_count
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import OwnerModel, Plan, Scenario
+from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen
 from simulator.training.predict import predict, to_input
 from simulator.training.recipe import Recipe, cross_entropy
 from simulator.watermarks.base import Watermark
@@ -146,7 +146,7 @@ def span(seconds: float) -> str:
 
 def estimate(config: RunConfig, plan: Plan, data: Outline, speeds: dict[str, Speed]) -> Estimate:
     """The estimate of a plan, with the speeds of all architectures that :func:`architectures` names."""
-    owners = [owner_work(spec, data) for spec in (*plan.benigns, *plan.victims)]
+    owners = [owner_work(spec, data) for spec in plan.owners]
     thefts = [theft_work(scenario, data) for scenario in plan.scenarios]
     serving, measuring = Work(), Work()
     for scenario in plan.scenarios:
@@ -183,7 +183,7 @@ def estimate(config: RunConfig, plan: Plan, data: Outline, speeds: dict[str, Spe
 def architectures(plan: Plan) -> list[str]:
     """Every architecture of a plan."""
     owners = {spec.architecture for spec in plan.benigns}
-    filters = {spec.key_filter.architecture for spec in plan.victims if spec.key_filter}
+    filters = {spec.key_filter.architecture for spec in plan.victims}
     thieves = {stage.architecture for stage in _stages(plan)}
     return sorted(name for name in owners | filters | thieves if name)
 
@@ -195,12 +195,12 @@ def _stages(plan: Plan) -> list[StageConfig]:
 def owner_work(spec: OwnerModel, data: Outline) -> Work:
     """Of training one of the owner's models, and of its key filter."""
     work = Work()
-    if spec.watermark is None:
+    if not isinstance(spec, Marked):
         work.trained[spec.architecture] += data.owner * spec.training.epochs
         return work
     work.trained[spec.architecture] += round(data.owner * watermark_epochs(spec.watermark, spec.training))
     rule = spec.key_filter
-    if rule is not None and rule.stages != "none":
+    if rule.stages != "none":
         work.trained[rule.architecture or spec.architecture] += rule.queries * rule.training.epochs
         work.answered[spec.architecture] += rule.queries
     return work
@@ -232,7 +232,7 @@ def watermark_epochs(watermark: Watermark, recipe: Recipe) -> float:
     return recipe.epochs * (1 + share) + extra
 
 
-def theft_work(scenario: Scenario, data: Outline) -> Work:
+def theft_work(scenario: Stolen, data: Outline) -> Work:
     """Of all stages of a theft. The victim's answers to the first stage are not in it; those of a stolen model are."""
     work, before = Work(), ""
     for number, stage in enumerate(scenario.stages):

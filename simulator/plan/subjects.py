@@ -1,26 +1,42 @@
-"""From a configuration to the list of what has to be computed: benign models, victims, scenarios.
+"""From a configuration to the tree of models that have to be made: unmarked, marked, stolen, and washed by a removal.
 
-Ids are hashes of all that decides the result, so the same work has the same id in every run, and its randomness, which
-derives from the id, is the same too.
+Every planned model is a :class:`Subject`: how it is made (its class and the class's fields), the model that it is made
+from (its parent), and a seed. Example::
+
+    Trained  benign-1f…                  the task without a watermark
+    ├── Stolen  4b96…                    a control: stolen from the unmarked model
+    │   └── Removed  9c0d…               the same removal, as the removal's control
+    └── Marked  deeptracer-3cfc…         the victim
+        └── Stolen  77aa…                a theft
+            └── Removed  e1f2…           a removal of the stolen copy
+
+An id is a hash of all that decides the model, its parent's id included. So the same work has the same id in every run,
+and its randomness, which derives from the id, is the same too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from simulator.data.dataset import DataConfig
+from simulator.data.pool import PoolSpec
 from simulator.ownership.key_filter import KeyFilter
-from simulator.plan.config import RunConfig, StageConfig
+from simulator.plan.config import RunConfig, StageConfig, Then
+from simulator.removals.base import Removal
 from simulator.service.ledger import Terms, hash_token
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Watermark
 
-#: how the rows name the benign model as a victim
+#: how the rows name the unmarked model as a victim
 BENIGN = "benign"
+
+Role = Literal["benign", "victim", "stolen", "removed"]
 
 
 def short_hash(*parts: object) -> str:
@@ -28,52 +44,178 @@ def short_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+class Subject(ABC):
+    """A planned model."""
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """A hash of all that decides the model."""
+
+    @property
+    @abstractmethod
+    def parent(self) -> Subject | None:
+        """The model that this one is made from; None for one that is trained from nothing."""
+
+    @property
+    @abstractmethod
+    def role(self) -> Role:
+        """What its rows call it."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What progress lines call it."""
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """Its architecture's name."""
+
+    @property
+    def file(self) -> str:
+        """The name of its files in a run directory. Ids of thefts and removals are bare hashes, so a prefix says which
+        they are."""
+        return self.id if self.role in ("benign", "victim") else f"{self.role}-{self.id}"
+
+    @property
+    def lineage(self) -> Iterator[Subject]:
+        """This model, its parent, its parent's parent and so on."""
+        found: Subject | None = self
+        while found is not None:
+            yield found
+            found = found.parent
+
+    @property
+    def seed(self) -> int:
+        """The root's seed, from which all that derives from it has its own."""
+        *_, root = self.lineage
+        assert isinstance(root, Trained)
+        return root.own_seed
+
+    @property
+    def owner(self) -> OwnerModel:
+        """The owner's model that this one goes back to: itself, or the victim that it was stolen from."""
+        return next(each for each in self.lineage if isinstance(each, Trained | Marked))
+
+    @property
+    def theft(self) -> Stolen | None:
+        """The theft that this model goes back to; None for the owner's models and what is made from them directly."""
+        return next((each for each in self.lineage if isinstance(each, Stolen)), None)
+
+    @property
+    def control(self) -> bool:
+        """Whether it goes back to an unmarked model."""
+        return isinstance(self.owner, Trained)
+
+
 @dataclass(frozen=True)
-class OwnerModel:
-    """A model that the owner trains: the benign one (no watermark) or a marked victim."""
+class Trained(Subject):
+    """A model without a watermark, trained by the owner's recipe: the benign model of a seed."""
 
     dataset: DataConfig
-    architecture: str
+    own_architecture: str
     training: Recipe
-    seed: int
-    watermark: Watermark | None = None
-    key_filter: KeyFilter | None = None
+    own_seed: int
 
-    def _settings(self) -> list[Any]:
-        return [
-            self.dataset.model_dump(mode="json"),
-            self.architecture,
-            self.training.model_dump(mode="json"),
-            self.seed,
-        ]
+    def settings(self) -> list[Any]:
+        """What decides the weights, as plain data."""
+        plain = [self.dataset.model_dump(mode="json"), self.own_architecture, self.training.model_dump(mode="json")]
+        return [*plain, self.own_seed]
 
     @cached_property
     def training_id(self) -> str:
-        """Of what decides the weights; the filter does not."""
-        watermark = self.watermark.model_dump(mode="json") if self.watermark else None
-        return short_hash(*self._settings(), watermark)
+        """A hash of what decides the weights."""
+        return short_hash(*self.settings(), None)
 
     @cached_property
     def id(self) -> str:
-        """Of what decides the weights and the key."""
-        if self.watermark is None or self.key_filter is None:
-            return f"{BENIGN}-{self.training_id}"
-        return f"{self.watermark.name}-{short_hash(self.training_id, self.key_filter.model_dump(mode='json'))}"
+        """See :attr:`Subject.id`."""
+        return f"{BENIGN}-{self.training_id}"
+
+    @property
+    def parent(self) -> None:
+        """None: it is trained from nothing."""
+        return None
+
+    @property
+    def role(self) -> Role:
+        """See :attr:`Subject.role`."""
+        return "benign"
 
     @property
     def label(self) -> str:
-        """How progress lines call it."""
-        return f"train {self.watermark.name if self.watermark else BENIGN} (seed {self.seed})"
+        """See :attr:`Subject.label`."""
+        return f"train {BENIGN} (seed {self.seed})"
 
     @property
-    def benign(self) -> OwnerModel:
-        """The same model without a watermark."""
-        return OwnerModel(self.dataset, self.architecture, self.training, self.seed)
+    def architecture(self) -> str:
+        """See :attr:`Subject.architecture`."""
+        return self.own_architecture
+
+    @property
+    def benign(self) -> Trained:
+        """Itself."""
+        return self
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """One theft to run: from which model, in which stages, with which seed.
+class Marked(Subject):
+    """A victim: a model trained with a watermark, and its key, chosen by the filter. ``benign`` selects both."""
+
+    benign: Trained
+    watermark: Watermark
+    key_filter: KeyFilter
+
+    @property
+    def dataset(self) -> DataConfig:
+        """The victim's task."""
+        return self.benign.dataset
+
+    @property
+    def training(self) -> Recipe:
+        """The owner's recipe."""
+        return self.benign.training
+
+    @cached_property
+    def training_id(self) -> str:
+        """A hash of what decides the weights; the filter does not."""
+        return short_hash(*self.benign.settings(), self.watermark.model_dump(mode="json"))
+
+    @cached_property
+    def id(self) -> str:
+        """A hash of what decides the weights and the key."""
+        return f"{self.watermark.name}-{short_hash(self.training_id, self.key_filter.model_dump(mode='json'))}"
+
+    @property
+    def parent(self) -> Trained:
+        """The benign model: DeepTracer chooses its classes by it, and the filter its key samples."""
+        return self.benign
+
+    @property
+    def role(self) -> Role:
+        """See :attr:`Subject.role`."""
+        return "victim"
+
+    @property
+    def label(self) -> str:
+        """See :attr:`Subject.label`."""
+        return f"train {self.watermark.name} (seed {self.seed})"
+
+    @property
+    def architecture(self) -> str:
+        """See :attr:`Subject.architecture`."""
+        return self.benign.architecture
+
+
+OwnerModel = Trained | Marked
+
+
+@dataclass(frozen=True)
+class Stolen(Subject):
+    """A stolen copy: a theft from ``victim`` in one or several stages, each from the copy of the stage before.
+
+    Several stages are one subject and not a chain of them, for they have one account and one seed.
 
     Attributes:
         victim: the model that answers the first stage.
@@ -82,17 +224,22 @@ class Scenario:
 
     victim: OwnerModel
     stages: tuple[StageConfig, ...]
-    triggers_of: OwnerModel | None = None
+    triggers_of: Marked | None = None
 
     @property
-    def seed(self) -> int:
-        """The victim's seed, and of all that derives from it."""
-        return self.victim.seed
+    def parent(self) -> OwnerModel:
+        """The victim."""
+        return self.victim
 
     @property
-    def control(self) -> bool:
-        """Whether it steals from the benign model."""
-        return self.victim.watermark is None
+    def role(self) -> Role:
+        """See :attr:`Subject.role`."""
+        return "stolen"
+
+    @property
+    def architecture(self) -> str:
+        """See :attr:`Subject.architecture`; the last stage's."""
+        return self.stages[-1].architecture or self.victim.architecture
 
     @property
     def budget(self) -> int:
@@ -106,15 +253,15 @@ class Scenario:
 
     @property
     def work(self) -> int:
-        """About how many images are trained on: what decides which scenario is started first, and nothing else."""
+        """About how many images are trained on. It decides which theft is started first, and nothing else."""
         recipes = [getattr(stage.attack, "training", None) for stage in self.stages]
         epochs = [recipe.epochs if isinstance(recipe, Recipe) else 1 for recipe in recipes]
         return sum(stage.budget * count for stage, count in zip(self.stages, epochs, strict=True))
 
     @property
     def label(self) -> str:
-        """How progress lines call it."""
-        victim = self.victim.watermark.name if self.victim.watermark else BENIGN
+        """See :attr:`Subject.label`."""
+        victim = self.victim.watermark.name if isinstance(self.victim, Marked) else BENIGN
         return f"{self.attack} {self.stages[0].labels} {self.stages[0].pool_label} from {victim} (seed {self.seed})"
 
     @property
@@ -133,7 +280,7 @@ class Scenario:
 
     @cached_property
     def id(self) -> str:
-        """Of what decides the stolen model. The victim's architecture is the same by its name as by none."""
+        """See :attr:`Subject.id`. The victim's architecture is the same by its name as by none."""
         own = {"architecture": None}
         stages = [
             stage.model_dump(mode="json") | (own if stage.architecture == self.victim.architecture else {})
@@ -144,49 +291,119 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that a run computes, in an order that respects what needs what."""
+class Removed(Subject):
+    """A model after a removal: a stolen copy, or the owner's model itself, washed by whoever holds it.
 
-    benigns: tuple[OwnerModel, ...]
-    victims: tuple[OwnerModel, ...]
-    scenarios: tuple[Scenario, ...]
+    Attributes:
+        target: the model that is washed.
+        pool: the images that the thief has for it; None for a removal that needs none.
+    """
+
+    target: Subject
+    removal: Removal
+    pool: PoolSpec | None
+
+    @property
+    def parent(self) -> Subject:
+        """The model that is washed."""
+        return self.target
+
+    @property
+    def role(self) -> Role:
+        """See :attr:`Subject.role`."""
+        return "removed"
+
+    @property
+    def architecture(self) -> str:
+        """See :attr:`Subject.architecture`."""
+        return self.target.architecture
+
+    @property
+    def chain(self) -> tuple[Removed, ...]:
+        """The removals that made it, the first one first."""
+        return tuple(reversed([each for each in self.lineage if isinstance(each, Removed)]))
+
+    @property
+    def label(self) -> str:
+        """See :attr:`Subject.label`."""
+        return f"{self.removal.name} of {self.target.label}"
+
+    @cached_property
+    def id(self) -> str:
+        """See :attr:`Subject.id`."""
+        pool = self.pool.model_dump(mode="json") if self.pool else None
+        return short_hash(self.target.id, "remove", self.removal.model_dump(mode="json"), pool)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run makes, each kind in an order that respects what needs what."""
+
+    benigns: tuple[Trained, ...]
+    victims: tuple[Marked, ...]
+    scenarios: tuple[Stolen, ...]
+    removals: tuple[Removed, ...] = ()
+
+    @property
+    def owners(self) -> tuple[OwnerModel, ...]:
+        """The owner's models: benign ones, then victims."""
+        return (*self.benigns, *self.victims)
+
+    @property
+    def copies(self) -> tuple[Stolen | Removed, ...]:
+        """What thieves make: thefts, then removals."""
+        return (*self.scenarios, *self.removals)
 
     @property
     def attacks(self) -> dict[str, str]:
         """The attack behind every account, as it stands in the rows."""
         return {account: scenario.attack for scenario in self.scenarios for account in scenario.accounts}
 
-    def keys_for(self, scenario: Scenario) -> tuple[OwnerModel, ...]:
-        """The victims whose keys a scenario's stolen model is measured with: its own, or for a control all of its
-        seed (but only the one whose triggers it was given)."""
-        if not scenario.control:
-            return (scenario.victim,)
-        if scenario.triggers_of:
-            return (scenario.triggers_of,)
-        return tuple(victim for victim in self.victims if victim.seed == scenario.seed)
+    def keys_for(self, subject: Subject) -> tuple[Marked, ...]:
+        """The victims whose keys a model is measured with: its own victim's; for a control all of its seed, or only
+        the one whose triggers it was given."""
+        owner, theft = subject.owner, subject.theft
+        if isinstance(owner, Marked):
+            return (owner,)
+        if theft is not None and theft.triggers_of:
+            return (theft.triggers_of,)
+        return tuple(victim for victim in self.victims if victim.seed == subject.seed)
 
 
 def make_plan(config: RunConfig) -> Plan:
     """The plan of a configuration. Controls come first: they can run while the marked victims are still training."""
-    benigns: list[OwnerModel] = []
-    victims: list[OwnerModel] = []
-    controls: list[Scenario] = []
-    thefts: list[Scenario] = []
-    grid = [stages for entry in config.scenarios for stages in entry.expand()]
+    benigns: list[Trained] = []
+    victims: list[Marked] = []
+    controls: list[Stolen] = []
+    thefts: list[Stolen] = []
+    washed: list[tuple[Subject, tuple[Then, ...]]] = []
     for seed in config.seeds:
-        benign = OwnerModel(config.dataset, config.architecture, config.training, seed)
-        marked = [
-            OwnerModel(config.dataset, config.architecture, config.training, seed, watermark, config.key_filter)
-            for watermark in config.watermarks
-        ]
+        benign = Trained(config.dataset, config.architecture, config.training, seed)
+        marked = [Marked(benign, watermark, config.key_filter) for watermark in config.watermarks]
         benigns.append(benign)
         victims.extend(marked)
-        for stages in grid:
-            with_triggers = any("triggers" in pool.parts for stage in stages for pool in stage.pools)
-            thefts.extend(Scenario(victim, stages, victim if with_triggers else None) for victim in marked)
-            if config.controls and marked:
-                controls.extend(Scenario(benign, stages, of) for of in (marked if with_triggers else (None,)))
-    return Plan(tuple(benigns), _unique(victims), _unique(controls + thefts))
+        controlled = config.controls and bool(marked)
+        for entry in config.scenarios:
+            if entry.leaked:  # the thief has the model itself
+                washed += [(owner, entry.then) for owner in (*[benign] * controlled, *marked)]
+            for stages in entry.expand():
+                with_triggers = any("triggers" in pool.parts for stage in stages for pool in stage.pools)
+                own = [Stolen(victim, stages, victim if with_triggers else None) for victim in marked]
+                others = [Stolen(benign, stages, of) for of in (marked if with_triggers else (None,))]
+                thefts += own
+                controls += others * controlled
+                washed += [(theft, entry.then) for theft in (*others * controlled, *own)]
+    removals = [removed for target, then in washed for removed in _removals(target, then)]
+    return Plan(tuple(benigns), _unique(victims), _unique(controls + thefts), _unique(removals))
+
+
+def _removals(target: Subject, then: tuple[Then, ...]) -> Iterator[Removed]:
+    """What follows a model: siblings, and for each of them what follows it."""
+    for entry in then:
+        for removal in entry.removal:
+            removed = Removed(target, removal, None if removal.data_free else entry.pool)
+            yield removed
+            yield from _removals(removed, entry.then)
 
 
 def _unique(items: list[Any]) -> tuple[Any, ...]:

@@ -1,0 +1,1 @@
+"""The thief washes: what is done to a model so that its watermark goes."""
