@@ -32,7 +32,6 @@ __all__ = [
     "check_name",
     "convert_images",
     "describe_datasets",
-    "known_datasets",
     "load",
     "outline",
     "training_images",
@@ -141,11 +140,6 @@ def outline(config: DataConfig, data_dir: Path | None = None) -> Outline:
     )
 
 
-def known_datasets() -> list[str]:
-    """The names of the known sets."""
-    return list(KNOWN)
-
-
 def describe_datasets() -> list[tuple[str, str]]:
     """Every known set's name with one line about it, for ``exsim list datasets``."""
     return [(name, _description(known)) for name, known in KNOWN.items()]
@@ -153,12 +147,9 @@ def describe_datasets() -> list[tuple[str, str]]:
 
 def _description(known: KnownSet) -> str:
     colour = "grey" if known.channels == 1 else "colour"
-    counts = (
-        f"{known.train[0]} images, no download"
-        if known.test is None
-        else f"{known.train[0]} and {known.test} test images"
-    )
-    return f"{known.what}: {counts}, {known.classes} classes, {colour}, {known.size}x{known.size}"
+    counts = f"{known.train[0]} images" if known.test is None else f"{known.train[0]} and {known.test} test images"
+    facts = (counts, known.note, f"{known.classes} classes", colour, f"{known.size}x{known.size}")
+    return f"{known.what}: {', '.join(filter(None, facts))}"
 
 
 def check_name(name: str, also: tuple[str, ...] = ()) -> None:
@@ -167,9 +158,8 @@ def check_name(name: str, also: tuple[str, ...] = ()) -> None:
     Raises:
         InputError: lists what is allowed.
     """
-    allowed = [*also, *known_datasets()]
-    if name not in allowed and not _is_path(name):
-        raise InputError(one_of(name, [*allowed, "a *.npz file or an image folder"]))
+    if name not in also and name not in KNOWN and not _is_path(name):
+        raise InputError(one_of(name, [*also, *KNOWN, "a *.npz file or an image folder"]))
 
 
 def _is_path(name: str) -> bool:

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from simulator.component import Settings, describe
-from simulator.data.dataset import Dataset, Images, check_name, convert_images, known_datasets
+from simulator.data.dataset import Dataset, Images, check_name, convert_images
+from simulator.data.known_sets import KNOWN
 from simulator.data.patches import patches
 from simulator.errors import InputError
 
@@ -145,7 +146,7 @@ class PoolSpec(Settings):
         names = []
         for name, weight in self.parts.items():
             factor = f"{weight / least:.4g}*" if weight != least else ""
-            short = name if name in (*OWN_PARTS, *known_datasets()) else Path(name).name or name
+            short = name if name in OWN_PARTS or name in KNOWN else Path(name).name or name
             chosen = ""
             if self.classes is not None and name in ("attacker", "owner"):
                 chosen = f"[{','.join(map(str, self.classes))}]"
@@ -264,7 +265,7 @@ def _source(
 
 
 def _same_set(name: str, other: str) -> bool:
-    if name == other or name in known_datasets() or other in known_datasets():
+    if name == other or name in KNOWN or other in KNOWN:
         return name == other
     return Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from simulator.component import describe
-from simulator.data.dataset import DataConfig, Images, describe_datasets, known_datasets, load, training_images
+from simulator.data.dataset import DataConfig, Images, describe_datasets, load, training_images
 from simulator.data.known_sets import KNOWN, digest
 from simulator.errors import InputError
 
@@ -63,10 +63,10 @@ def idx_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, (name, folder) in enumerate((("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"))):
         write_idx(tmp_path / folder, seed)
         small = replace(KNOWN[name], train=(60,), test=30, digests=())
-        monkeypatch.setitem(KNOWN, name, small)
+        monkeypatch.setitem(KNOWN.own, name, small)
         split = load(DataConfig(name=name, owner=50, attacker=10), tmp_path)
         whole = training_images(name, tmp_path)
-        monkeypatch.setitem(KNOWN, name, replace(small, digests=(digest(whole), digest(split.test))))
+        monkeypatch.setitem(KNOWN.own, name, replace(small, digests=(digest(whole), digest(split.test))))
     return tmp_path
 
 
@@ -144,14 +144,14 @@ class TestConfig:
         with pytest.raises(ValidationError) as caught:
             DataConfig(name=name)
         line = describe(caught.value)
-        assert all(known in line for known in (*known_datasets(), "a *.npz file or an image folder"))
+        assert all(known in line for known in (*KNOWN, "a *.npz file or an image folder"))
 
     def test_paths_are_names(self, tmp_path: Path) -> None:
         for name in ("some.npz", "some/folder", str(tmp_path)):
             assert DataConfig(name=name).name == name
 
     def test_every_known_set_is_described(self) -> None:
-        assert [name for name, _ in describe_datasets()] == known_datasets()
+        assert [name for name, _ in describe_datasets()] == list(KNOWN)
         assert dict(describe_datasets())["digits"].startswith("scikit-learn's digits: 1797 images")
 
 
@@ -220,11 +220,11 @@ class TestKnownFiles:
         arrays = {"x_train": pixels[:60], "y_train": labels[:60], "x_test": pixels[60:], "y_test": labels[60:]}
         file = tmp_path / "cifar10.npz"
         np.savez(file, **arrays)
-        monkeypatch.setitem(KNOWN, "cifar10", replace(KNOWN["cifar10"], train=(60,), test=30, digests=()))
+        monkeypatch.setitem(KNOWN.own, "cifar10", replace(KNOWN["cifar10"], train=(60,), test=30, digests=()))
         data = load(DataConfig(name="cifar10"), tmp_path)
         assert (data.channels, data.size, len(data.owner)) == (3, 32, 50)
         assert rows(data.test) == [row.transpose(2, 0, 1).tobytes() for row in pixels[60:]]
-        monkeypatch.setitem(KNOWN, "cifar10", replace(KNOWN["cifar10"], digests=("0" * 64, "0" * 64)))
+        monkeypatch.setitem(KNOWN.own, "cifar10", replace(KNOWN["cifar10"], digests=("0" * 64, "0" * 64)))
         assert f"{file} are not CIFAR-10's" in refused("cifar10", tmp_path)
         file.write_bytes(file.read_bytes()[:-500])
         assert str(file) in refused("cifar10", tmp_path)
