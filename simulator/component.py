@@ -5,24 +5,29 @@ hyper-parameters with the paper's defaults, so one class gives the YAML and its 
 the search space of a sweep, the Parquet column and the behaviour.
 
 A family (all attacks, say) is a :class:`Registry`: it imports every module of the family's package, and every entry
-point of the family's group, so a newcomer adds one file and edits none.
+point of the family's group, so a newcomer adds one file and edits none. Things that are no classes, such as model
+architectures, stand in a :class:`Table`, which entry points extend too.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
+import logging
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, field_validator
 
-from simulator.errors import InputError
+from simulator.errors import InputError, one_line
+
+log = logging.getLogger(__name__)
 
 #: characters of a wrong value that a message shows
 LONGEST = 200
@@ -46,7 +51,8 @@ class Settings(BaseModel):
 class Component(Settings):
     """A named algorithm with its hyper-parameters. ``name`` is what YAML, the rows and ``exsim list`` call it.
 
-    Subclasses narrow ``name`` to a ``Literal`` with that value as its default.
+    Subclasses narrow ``name`` to a ``Literal`` with that value as its default. A subclass that only inherits a name is
+    in no registry.
     """
 
     name: str
@@ -112,38 +118,152 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 @cache
 def _installed(group: str, _path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """The entry points of a group. To find them, every installed package's description is read, which takes a tenth of
-    a second: once for a path of imports, for a configuration asks dozens of times."""
+    """The entry points of a group. The answer is kept for each path of imports: a configuration asks dozens of times,
+    and each search reads the description of every installed package."""
     return tuple(entry_points(group=group))
 
 
-class Registry(Generic[C]):
-    """The components of one family, by name, discovered from a package and from installed entry points."""
+#: entry points that this process has found to be of no use, and has told the user about
+_skipped: set[EntryPoint] = set()
 
-    def __init__(self, kind: str, base: type[C], package: str) -> None:
+
+def plugins(group: str, fits: Callable[[Any], bool], wanted: str) -> list[tuple[str, Any]]:
+    """What the entry points of a group name, each with the place that it comes from.
+
+    An entry that cannot be imported, or that does not fit, is skipped. The first time, one line says so on stderr, by
+    way of :mod:`logging`: ``exsim: plug-in stealing:Idle of somebody 1.0 is skipped: it is not an attack``.
+
+    Args:
+        group: of the entry points, e.g. ``exsim.attacks``.
+        fits: whether an entry is what the group is for.
+        wanted: what the group is for, e.g. ``an attack``.
+    """
+    found = []
+    for entry in _installed(group, tuple(sys.path)):
+        if entry in _skipped:
+            continue
+        where = f"{entry.value} of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        try:
+            value = entry.load()
+            problem = "" if fits(value) else f"it is not {wanted}"
+        except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+            problem = one_line(error)
+        if problem:
+            _skipped.add(entry)
+            log.warning("exsim: plug-in %s is skipped: %s", where, problem)
+        else:
+            found.append((where, value))
+    return found
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str:
+        """What a configuration calls it."""
+        ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Table(Mapping[str, T]):
+    """The things of one kind by name: the program's own, in their order, then those of plug-ins, sorted.
+
+    Entry points are looked up at each use, never at import. Every use raises an `InputError` if two things have one
+    name.
+    """
+
+    def __init__(self, kind: str, base: type[T], group: str, own: Iterable[T]) -> None:
+        self.kind = kind
+        self.base = base
+        self.group = group
+        self.own = {each.name: each for each in own}
+
+    def __getitem__(self, name: str) -> T:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def known(self, name: str) -> str:
+        """The name, unchanged.
+
+        Raises:
+            InputError: nothing has that name; the line lists the names that there are.
+        """
+        if name not in self:
+            raise InputError(one_of(name, list(self)))
+        return name
+
+    def _all(self) -> dict[str, T]:
+        found = dict(self.own)
+        places = dict.fromkeys(found, "the program's own")
+        added = plugins(self.group, lambda entry: isinstance(entry, self.base), _article(self.kind))
+        for where, entry in sorted(added, key=lambda each: each[1].name):
+            if found.setdefault(entry.name, entry) is not entry:
+                raise InputError(f"two {self.kind}s are called {entry.name!r}: {places[entry.name]} and {where}")
+            places[entry.name] = where
+        return found
+
+
+class Registry(Generic[C]):
+    """The components of one family, by name, discovered from a package and from installed entry points.
+
+    ``group`` is the entry points' group; the default for the kind ``ownership test`` is ``exsim.ownership_tests``.
+    """
+
+    def __init__(self, kind: str, base: type[C], package: str, group: str | None = None) -> None:
         self.kind = kind
         self.base = base
         self.package = package
+        self.group = group or f"exsim.{kind.replace(' ', '_')}s"
 
     def classes(self) -> dict[str, type[C]]:
         """Every component of the family by its name, sorted.
 
-        Looks again at each call (the modules are imported once), so a module that appears later is found too.
+        Looks again at each call (the modules are imported once), so a module that appears later is found too. A class
+        that is defined again under its old module and name, as by a notebook's cell, replaces the old one.
+
+        Raises:
+            InputError: two classes have one name.
         """
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        for entry in _installed(f"exsim.{self.kind}s", tuple(sys.path)):
-            entry.load()
+        added = plugins(self.group, self._is_component, _article(self.kind))
+        places = {cls: where for where, cls in added}
         found: dict[str, type[C]] = {}
-        queue = list(self.base.__subclasses__())
-        while queue:
-            cls = queue.pop()
+        queue = [self.base]
+        for cls in queue:
             queue.extend(cls.__subclasses__())
+            if not self._is_component(cls):
+                continue
             name = cls.model_fields["name"].default
-            if isinstance(name, str):
-                found[name] = cls
+            other = found.get(name, cls)
+            if _path(other) != _path(cls):
+                both = " and ".join(places.get(each, _path(each)) for each in (other, cls))
+                raise InputError(f"two {self.kind}s are called {name!r}: {both}")
+            found[name] = cls
         return dict(sorted(found.items()))
+
+    def _is_component(self, entry: object) -> bool:
+        """A class of the family with a name of its own, in a module whose import did not fail."""
+        return (
+            isinstance(entry, type)
+            and issubclass(entry, self.base)
+            and entry.__module__ in sys.modules
+            and "name" in inspect.get_annotations(entry)
+            and isinstance(entry.model_fields["name"].default, str)
+        )
 
     def make(self, value: object) -> C:
         """A component from what YAML holds: its name, or a mapping with ``name`` and hyper-parameters.
@@ -156,7 +276,7 @@ class Registry(Generic[C]):
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or "name" not in value:
-            raise InputError(f"{value!r} is not {self._article()}: give a name, or a mapping with 'name'")
+            raise InputError(f"{value!r} is not {_article(self.kind)}: give a name, or a mapping with 'name'")
         classes = self.classes()
         if not isinstance(value["name"], str) or value["name"] not in classes:
             raise InputError(one_of(value["name"], list(classes)))
@@ -171,5 +291,7 @@ class Registry(Generic[C]):
         # SerializeAsAny writes the subclass's fields, not only the base's
         return Annotated[self.base, SerializeAsAny(), BeforeValidator(self.make)]  # type: ignore[type-arg]
 
-    def _article(self) -> str:
-        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+
+def _path(cls: type) -> str:
+    """Where a class is defined: its module and its name there."""
+    return f"{cls.__module__}.{cls.__qualname__}"

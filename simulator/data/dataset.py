@@ -3,8 +3,8 @@
 The owner trains on its part; the attacker holds images of the same source that the owner never saw (its query pool);
 the test part belongs to the collector alone. The three never share an image.
 
-A set is one of the known (:mod:`simulator.data.known_sets`), a ``*.npz`` file or a folder of images
-(:mod:`simulator.data.images`).
+A name stands for a known set, e.g. ``mnist`` (:mod:`simulator.data.known_sets`). A path stands for a ``*.npz`` file or
+a folder of images (:mod:`simulator.data.images`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ __all__ = [
     "check_name",
     "convert_images",
     "describe_datasets",
-    "known_datasets",
     "load",
     "outline",
     "training_images",
@@ -42,9 +41,10 @@ __all__ = [
 class DataConfig(Settings):
     """Which data set, and how it is split.
 
-    Numbers of images that are not given: ``test`` is the whole official test part, ``attacker`` a sixth of the training
-    images, ``owner`` the rest. Digits has no official test part: 900 / 500 / 397; an image folder without one gives a
-    sixth of its images. A given number is never changed, an impossible one is an error.
+    Default numbers of images: ``test`` is the whole official test part, ``attacker`` is a sixth of the training images,
+    and ``owner`` is the rest. A set without an official test part gives a sixth of its images for one. Digits has 900
+    images for the owner, 500 for the attacker and 397 for the test. A number that is given is never changed, and an
+    impossible one is an error.
     """
 
     #: a known set, a ``*.npz`` file or an image folder
@@ -111,9 +111,9 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Outline:
-    """What can be said of a data set without its images: their format, and how many each part gets.
+    """The format of a data set's images, and how many each part gets. The images need not be there.
 
-    ``foreign`` has the numbers of images of the other sets that pools draw from, as far as they are known.
+    ``foreign`` maps the other sets that pools draw from to their numbers of images, as far as these are known.
     """
 
     classes: int
@@ -126,7 +126,7 @@ class Outline:
 
 
 def outline(config: DataConfig, data_dir: Path | None = None) -> Outline:
-    """The outline of what :func:`load` gives. A known set need not be there; a file or a folder is read.
+    """The outline of the data set that :func:`load` gives. A known set is not read; a file or a folder is.
 
     Raises:
         InputError: the split is impossible, or the file or folder is no data set.
@@ -141,11 +141,6 @@ def outline(config: DataConfig, data_dir: Path | None = None) -> Outline:
     )
 
 
-def known_datasets() -> list[str]:
-    """The names of the known sets."""
-    return list(KNOWN)
-
-
 def describe_datasets() -> list[tuple[str, str]]:
     """Every known set's name with one line about it, for ``exsim list datasets``."""
     return [(name, _description(known)) for name, known in KNOWN.items()]
@@ -153,23 +148,19 @@ def describe_datasets() -> list[tuple[str, str]]:
 
 def _description(known: KnownSet) -> str:
     colour = "grey" if known.channels == 1 else "colour"
-    counts = (
-        f"{known.train[0]} images, no download"
-        if known.test is None
-        else f"{known.train[0]} and {known.test} test images"
-    )
-    return f"{known.what}: {counts}, {known.classes} classes, {colour}, {known.size}x{known.size}"
+    counts = f"{known.train[0]} images" if known.test is None else f"{known.train[0]} and {known.test} test images"
+    facts = (counts, known.note, f"{known.classes} classes", colour, f"{known.size}x{known.size}")
+    return f"{known.what}: {', '.join(filter(None, facts))}"
 
 
 def check_name(name: str, also: tuple[str, ...] = ()) -> None:
-    """Refuse a name that is neither a known set, nor one of ``also``, nor looks like a path.
+    """Refuse a name that is no known set, none of ``also`` and no path. Only the form of a path is checked.
 
     Raises:
         InputError: lists what is allowed.
     """
-    allowed = [*also, *known_datasets()]
-    if name not in allowed and not _is_path(name):
-        raise InputError(one_of(name, [*allowed, "a *.npz file or an image folder"]))
+    if name not in also and name not in KNOWN and not _is_path(name):
+        raise InputError(one_of(name, [*also, *KNOWN, "a *.npz file or an image folder"]))
 
 
 def _is_path(name: str) -> bool:
@@ -180,13 +171,13 @@ def _is_path(name: str) -> bool:
 def load(config: DataConfig, data_dir: Path | None = None, *, download: bool = True) -> Dataset:
     """A data set, split by ``config.split_seed``.
 
-    One permutation of the training images serves every size: the owner takes from its front, the attacker from its
-    back, so more images for the one never change those of the other. A test part that is split off comes first of all.
+    The training images are permuted once. The owner takes its images from the front and the attacker from the back, so
+    more images for one of them never change those of the other. Where a test part is split off, it is taken first.
 
     Args:
         config: which set, and the split.
         data_dir: where the known sets' files are; default the environment's EXSIM_DATA, else ``~/.cache/exsim``.
-        download: a known set whose files are not there; otherwise it is absent.
+        download: whether a known set whose files are not there may be downloaded.
 
     Raises:
         AbsentError: the files of a known set are not there, and ``download`` is false.
@@ -221,7 +212,7 @@ def load(config: DataConfig, data_dir: Path | None = None, *, download: bool = T
 def training_images(
     name: str, data_dir: Path | None = None, size: int | None = None, *, download: bool = True
 ) -> Images:
-    """All training images of a set that is not the victim's (all images, where it has no test part), for a pool.
+    """All training images of a foreign set, for a pool. A set without a test part gives all its images.
 
     Raises:
         InputError: as for :func:`load`.

@@ -1,7 +1,7 @@
 """Labelled images in memory, and the two kinds of file a user can bring: a ``*.npz`` and a folder of images.
 
-Both readers give :class:`Parts`: uint8 images ``(N, C, H, W)`` with their labels, split as the file splits them.
-Whatever is wrong with a file is one :class:`InputError` line; no pickle is ever loaded.
+Both readers give :class:`Parts`: uint8 images ``(N, C, H, W)`` with their labels, split as the file splits them. A file
+that is wrong raises one :class:`InputError` line. Pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _CHUNK = 1024
 class Images:
     """Labelled images: ``images`` uint8 ``(N, C, H, W)``, ``labels`` int64 ``(N,)``. Nobody writes to them.
 
-    They are pickled as numpy arrays, whose memory a reader may share: processes of a node that get them from Ray's
-    object store have them there and not each a copy. That memory is read-only, and writing to it ends the process.
+    They are pickled as numpy arrays, because Ray shares the memory of these: all processes of a node read one copy in
+    its object store. That memory is read-only, and a write to it ends the process.
     """
 
     images: Tensor
@@ -66,7 +66,7 @@ def _from_arrays(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A data set as its files split it. ``test`` is None where they do not: then a test part is split off ``train``."""
+    """A data set as its files split it. ``test`` is None if they do not; a test part is then split off ``train``."""
 
     train: Images
     test: Images | None
@@ -85,7 +85,7 @@ def convert_images(images: Tensor, channels: int, size: int) -> Tensor:
         size: the new side in pixels.
 
     Returns:
-        uint8 ``(N, channels, size, size)``; ``images`` itself where nothing is to be done.
+        uint8 ``(N, channels, size, size)``. This is ``images`` itself if it has that shape already.
     """
     count, found, height, width = images.shape
     if found not in (1, 3) or channels not in (1, 3):
@@ -111,7 +111,7 @@ def read_npz(path: Path, size: int | None) -> Parts:
 
     Args:
         path: the file.
-        size: the side to resize to; None keeps the images' own size, which then must be square and 8 to 512.
+        size: the side to resize to. None keeps the images' own size, which must then be square, of 8 to 512 pixels.
 
     Raises:
         InputError: the file is missing, unreadable, holds pickled objects, or has arrays that do not fit.
@@ -181,7 +181,7 @@ def read_folder(root: Path, size: int | None) -> Parts:
     - Tiny ImageNet's own: ``train/<class>/images/...`` and ``val/images/...`` with ``val/val_annotations.txt``;
     - ``<class>/...``, not split.
 
-    Images are resized to a square of side ``size`` (default 64); one channel where every image is grey, else three.
+    Images are resized to a square of side ``size`` (default 64). They get one channel if all are grey, else three.
 
     Raises:
         InputError: a folder is missing or empty, the test part has an unknown class, an image cannot be read.

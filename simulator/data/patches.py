@@ -1,4 +1,4 @@
-"""Patches: random crops of two photographs, a stand-in for "any natural images" that needs no download."""
+"""Patches: random crops of two photographs. They stand in for "any natural images" and need no download."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ FLAT_RANGE = 8
 def patches(count: int, channels: int, size: int, generator: torch.Generator) -> Images:
     """Random crops of the two photographs that scikit-learn ships (a temple, a flower; 427x640 pixels).
 
-    A crop is square, its side log-uniform between ``size`` and 200 pixels (twice ``size`` if that is more), on 32
-    levels; it is resized with antialiasing, flipped with probability one half, and its contrast stretched to the full
-    range 0..255 over all its channels, unless it is flat (a range below 8).
+    A crop is square. Its side has one of 32 levels, log-uniform between ``size`` and 200 pixels (twice ``size`` if that
+    is more). The crop is resized with antialiasing, flipped with probability one half, and its contrast is stretched to
+    the full range 0..255 over all its channels. A flat crop, of a range below 8, is not stretched.
 
     Args:
         count: how many.
@@ -79,8 +79,9 @@ def _patch_sides(size: int, shortest: int) -> Sequence[float]:
 def _crops(photograph: Tensor, side: float, size: int, corners: Tensor) -> Tensor:
     """Square crops of ``side`` pixels of a photograph ``(C, H, W)``, resized: float ``(M, C, size, size)``.
 
-    The photograph is scaled once and the crops are cut out of that: the same pixels as resizing each crop, but for its
-    rim, at a hundredth of the cost. ``corners`` are the places of the crops, ``(M, 2)`` in [0, 1).
+    The photograph is scaled once, and the crops are cut out of the result. That costs a hundredth of resizing each crop
+    and gives the same pixels; only the rim of a crop differs. ``corners`` are the places of the crops, ``(M, 2)`` in
+    [0, 1).
     """
     height, width = (max(size, round(length * size / side)) for length in photograph.shape[-2:])
     scaled = F.interpolate(

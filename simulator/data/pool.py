@@ -4,8 +4,8 @@ A pool is a mixture of named parts. ``attacker`` and ``owner`` are the victim's 
 usual assumption) and the owner's training images (the strongest attacker). ``triggers`` are watermark trigger samples,
 ``patches`` random crops of two photographs (a stand-in for "any natural images" that needs no download), and any other
 name is a foreign data set with all its training images, as in Knockoff Nets (Orekondy et al., CVPR 2019, §4).
-The test part of the victim's data set is never in a pool: it is no part, and a foreign data set is put through
-:func:`without_test_images` where a run loads it, once and while the test part is there.
+The test part of the victim's data set is never in a pool. It is none of the parts, and a run that loads a foreign data
+set takes the test images out of it with :func:`without_test_images`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from simulator.component import Settings, describe
-from simulator.data.dataset import Dataset, Images, check_name, convert_images, known_datasets
+from simulator.data.dataset import Dataset, Images, check_name, convert_images
+from simulator.data.known_sets import KNOWN
 from simulator.data.patches import patches
 from simulator.errors import InputError
 
@@ -36,16 +37,16 @@ OWN_PARTS = ("attacker", "owner", "triggers", "patches")
 class Pool:
     """Unlabelled images, uint8 ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
 
-    The images are those of ``source`` in the order ``order`` (int64 ``(N,)``; as they are, where it is None). The
-    source may be a data set that other processes share: :meth:`take` copies what is asked for and nothing else, and
-    :attr:`images` is a copy of all, made when it is first read.
+    The pool has the images of ``source`` in the order ``order``, int64 ``(N,)``; None keeps the source's order. Other
+    processes may share the source, so :meth:`take` copies only the images that are asked for. :attr:`images` is a copy
+    of all, made when it is first read.
 
     A group is what the attacker knows an image to be in its *source*: its class in its own data set (for patches, its
     photograph and scale). Sources do not share groups; the groups are 0..G-1 and each has an image. Adaptive Knockoff
     takes them as its arms.
 
-    ``parents``, int64 ``(G,)``, is the level above: the source of each group, 0..P-1, where the pool has several. None
-    where the groups have no level above them.
+    ``parents``, int64 ``(G,)``, is the level above the groups: the source of each group, 0..P-1. It is None if the pool
+    has a single source.
     """
 
     name: str
@@ -70,10 +71,10 @@ class Pool:
 class PoolSpec(Settings):
     """What a pool is made of.
 
-    ``parts`` gives each part's weight, in proportion to which images are taken. ``size`` is the number of images;
-    without it a pool of one data set has all its images, and a mixture or generated pool as many as the query budget.
-    ``classes`` restricts ``attacker`` and ``owner`` to some classes of the victim's data set (stealing a part of its
-    function); the other parts are untouched.
+    ``parts`` maps each part to its weight; images are taken in proportion to the weights. ``size`` is the number of
+    images. Without it, a pool of one data set has all its images, and any other pool has as many as the query budget.
+    ``classes`` restricts ``attacker`` and ``owner`` to some classes of the victim's data set, e.g. to steal a part of
+    its function; the other parts keep all classes.
     """
 
     parts: dict[str, float]
@@ -145,7 +146,7 @@ class PoolSpec(Settings):
         names = []
         for name, weight in self.parts.items():
             factor = f"{weight / least:.4g}*" if weight != least else ""
-            short = name if name in (*OWN_PARTS, *known_datasets()) else Path(name).name or name
+            short = name if name in OWN_PARTS or name in KNOWN else Path(name).name or name
             chosen = ""
             if self.classes is not None and name in ("attacker", "owner"):
                 chosen = f"[{','.join(map(str, self.classes))}]"
@@ -164,16 +165,16 @@ def build_pool(
 ) -> Pool:
     """The pool of a spec, in the victim's size and channels, shuffled.
 
-    With one data set and no size: all its images. Otherwise ``round(n * weight / sum of weights)`` of each part, with n
-    the size (default ``count``) or less, as the scarcest part allows at its weight; the images are drawn without
-    replacement. The victim's test part is not looked at: an attacker's view of the data has none.
+    A pool of one data set and no size has all its images. Any other pool has ``round(n * weight / sum of weights)``
+    images of each part, drawn without replacement. Here n is the size (default ``count``), or less if a part has too
+    few images for its weight. The victim's test part is not needed: an attacker's view of the data has none.
 
     Args:
         spec: the parts and their weights.
         dataset: the victim's data set.
         count: how many images the attacker can use at most (its query budget).
         generator: the only source of randomness.
-        foreign: gives another data set's images by its name, as :func:`without_test_images` left them.
+        foreign: gives the images of another data set by its name, without the victim's test images.
         triggers: the trigger samples for the part ``triggers``, labelled.
 
     Raises:
@@ -207,7 +208,7 @@ def pool_size(
     foreign: Callable[[str], Images],
     triggers: Images | None,
 ) -> int:
-    """How many images :func:`build_pool` gives for the same arguments; none is made.
+    """The number of images that :func:`build_pool` gives for the same arguments. It makes none.
 
     Raises:
         InputError: as :func:`build_pool`.
@@ -264,14 +265,16 @@ def _source(
 
 
 def _same_set(name: str, other: str) -> bool:
-    if name == other or name in known_datasets() or other in known_datasets():
+    if name == other or name in KNOWN or other in KNOWN:
         return name == other
     return Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def without_test_images(images: Images, dataset: Dataset, name: str) -> Images:
-    """A foreign data set in the victim's size and channels, without the images that are then byte for byte test images
-    of the victim: the same images may go by two names (a copy as npz, say).
+    """A foreign data set in the victim's size and channels, without the victim's test images.
+
+    An image is left out if it equals a test image byte by byte. There are such images if one data set goes by two
+    names, e.g. ``mnist`` and a copy of it as npz.
 
     Args:
         images: all training images of the foreign set.

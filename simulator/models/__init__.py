@@ -4,12 +4,13 @@
     logits, features = model.forward_with_features(images)  # images: uint8, or float in [0, 1]
     save_model(model, "victim.safetensors")
 
-Every architecture takes square images of 8 pixels and more. Up to 64 pixels it has the stem that is usual for small
-images; above, the one of its paper. Only the architectures of ``vision.py`` import torchvision, when they are built.
+Every architecture of this package takes square images of 8 pixels and more. Images up to 64 pixels get the usual stem
+for small images; larger ones get the stem of the paper. The architectures of ``vision.py`` import torchvision when they
+are built; nothing else here does. Plug-ins add architectures by the entry points ``exsim.models``: see `Architecture`.
 """
 
+from simulator.models.architectures import ARCHITECTURES, Architecture
 from simulator.models.classifier import (
-    ARCHITECTURES,
     Classifier,
     ModelSpec,
     build,
@@ -20,6 +21,7 @@ from simulator.models.storage import from_bytes, load_model, save_model, to_byte
 
 __all__ = [
     "ARCHITECTURES",
+    "Architecture",
     "Classifier",
     "ModelSpec",
     "build",

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from simulator.component import Settings, describe, one_of
+from simulator.component import Settings, describe
 from simulator.errors import InputError
-from simulator.models import plain, vision
-from simulator.models.plain import Network
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    builder: Callable[[int, int, int], Network]
-    what: str
-    smallest: int = 8
-
-
-_TABLE = {
-    "linear": _Architecture(plain.linear, "one linear layer on the pixels, for closed-form checks", 1),
-    "naivenet": _Architecture(plain.naivenet, "2 conv + 2 FC, DeepTracer's Fashion-MNIST net", 4),
-    "lenet5": _Architecture(plain.lenet5, "LeNet-5 (LeCun et al., 1998)", 4),
-    "vgglike": _Architecture(plain.vgglike, "4 conv + 3 FC, composite attack's net (Lin et al., CCS 2020)", 4),
-    "alexnet": _Architecture(plain.alexnet, "AlexNet (Krizhevsky et al., NeurIPS 2012)"),
-    "vgg16": _Architecture(plain.vgg16, "VGG-16 with batch normalisation (Simonyan and Zisserman, ICLR 2015)"),
-    "resnet18": _Architecture(vision.resnet18, "ResNet-18 (He et al., CVPR 2016)"),
-    "resnet34": _Architecture(vision.resnet34, "ResNet-34 (He et al., CVPR 2016)"),
-    "resnet50": _Architecture(vision.resnet50, "ResNet-50 (He et al., CVPR 2016)"),
-    "densenet161": _Architecture(vision.densenet161, "DenseNet-161 (Huang et al., CVPR 2017)"),
-    "mobilenet": _Architecture(vision.mobilenet, "MobileNetV2 (Sandler et al., CVPR 2018)"),
-    "shufflenet": _Architecture(vision.shufflenet, "ShuffleNetV2 x1.0 (Ma et al., ECCV 2018)"),
-    "squeezenet": _Architecture(vision.squeezenet, "SqueezeNet 1.1 (Iandola et al., 2016)"),
-    "efficientnet_b2": _Architecture(vision.efficientnet_b2, "EfficientNet-B2 (Tan and Le, ICML 2019)"),
-    "vit": _Architecture(vision.vit, "small Vision Transformer (Dosovitskiy et al., ICLR 2021)"),
-}
-
-#: What every architecture is and where it was published, by its name.
-ARCHITECTURES: dict[str, str] = {name: architecture.what for name, architecture in _TABLE.items()}
+from simulator.models.architectures import ARCHITECTURES
 
 
 class ModelSpec(Settings):
-    """All that is needed to build a classifier but its weights. ``mean`` and ``std`` are one number a channel."""
+    """What a classifier is, without its weights. ``mean`` and ``std`` have one number for each channel."""
 
     architecture: str
     channels: Annotated[int, Field(ge=1, le=4096)]
@@ -58,13 +27,11 @@ class ModelSpec(Settings):
     @field_validator("architecture")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in _TABLE:
-            raise ValueError(one_of(name, list(_TABLE)))
-        return name
+        return ARCHITECTURES.known(name)
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSpec:
-        smallest = _TABLE[self.architecture].smallest
+        smallest = ARCHITECTURES[self.architecture].smallest
         if self.size < smallest:
             raise ValueError(f"size {self.size} is too small for {self.architecture}: its smallest size is {smallest}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -77,12 +44,12 @@ class Classifier(nn.Module):
     """An image classifier that takes images as they are and normalises them itself.
 
     Input: ``(B, C, size, size)``, uint8, or float in [0, 1]; uint8 is divided by 255. Logits: ``(B, K)`` float32.
-    Gradients flow to the parameters and to float images. Anything else is refused with an `InputError`.
+    Gradients flow to the parameters and to float images. Images of another shape or type raise an `InputError`.
 
     ``spec`` says what it is; ``body`` maps normalised images to penultimate features and ``head`` is the last linear
     layer. ``mean`` and ``std`` are buffers of shape ``(1, C, 1, 1)``; they are in ``spec``, not in the state dict.
-    Dropout and stochastic depth draw from torch's global generator: a training loop that wants to be repeatable forks
-    and seeds it. A batch for training has at least two images, or batch normalisation has nothing to average.
+    Dropout and stochastic depth draw from torch's global generator, so a repeatable training loop forks and seeds it.
+    A batch for training needs two images or more, because batch normalisation averages over the batch.
     """
 
     mean: Tensor
@@ -139,18 +106,17 @@ def build(
     Args:
         architecture: one of `ARCHITECTURES`.
         channels: of the images, 1 or more.
-        size: side of the square images in pixels; every architecture takes 8 and more.
+        size: side of the square images in pixels; the architectures of this package take 8 and more.
         classes: number of classes K, 2 or more.
         mean: of the training images in [0, 1], one number a channel; 0.5 if not given.
-        std: likewise.
+        std: their standard deviation, in the same form.
         generator: source of the weights, from which one number is drawn; seed 0 if not given. Equal generators give
             equal weights, and the global generators are left as they were.
 
     Raises:
         InputError: an unknown architecture, a size too small for it, or another number out of its range.
     """
-    if architecture not in _TABLE:
-        raise InputError(one_of(architecture, list(_TABLE)))
+    ARCHITECTURES.known(architecture)
     try:
         spec = ModelSpec(
             architecture=architecture,
@@ -173,13 +139,13 @@ def assemble(spec: ModelSpec, seed: int = 0) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would also seed the generators of the GPUs, and those are not forked here
         torch.default_generator.manual_seed(seed)
-        body, head = _TABLE[spec.architecture].builder(spec.channels, spec.size, spec.classes)
+        body, head = ARCHITECTURES[spec.architecture].build(spec.channels, spec.size, spec.classes)
     return Classifier(spec, body, head).to(memory_format=torch.channels_last)
 
 
 def describe_models() -> list[tuple[str, str]]:
     """Name and description of every architecture, for ``exsim list models``."""
-    return list(ARCHITECTURES.items())
+    return [(name, architecture.about) for name, architecture in ARCHITECTURES.items()]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -38,13 +38,7 @@ def _dataset(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _architecture(name: str) -> str:
-    if name not in ARCHITECTURES:
-        raise InputError(one_of(name, list(ARCHITECTURES)))
-    return name
-
-
-Architecture = Annotated[str, AfterValidator(_architecture)]
+Architecture = Annotated[str, AfterValidator(ARCHITECTURES.known)]
 # rows hold 64-bit integers
 Budget = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -1,10 +1,11 @@
 import gc
 import importlib
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 import simulator.attacks
 from simulator.attacks.base import ATTACKS
-from simulator.component import Component, Registry, Settings, describe, one_of
+from simulator.component import Component, Registry, Settings, Table, describe, one_of
+from simulator.data.known_sets import KNOWN
+from simulator.detectors.base import DETECTORS
 from simulator.errors import InputError
+from simulator.models import ARCHITECTURES
 from simulator.plan.config import read_config
 from simulator.seeding import generator_for
+from simulator.watermarks.base import WATERMARKS
 
 NEW_ATTACK = '''
 """An attack that a newcomer wrote."""
@@ -92,16 +97,186 @@ def test_a_new_attack_does_not_stay_when_its_module_is_gone() -> None:
     assert "idle" not in ATTACKS.classes()
 
 
-def test_installed_entry_points_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: list[str]
-) -> None:
-    (tmp_path / "plugin_of_somebody.py").write_text(NEW_ATTACK.format(name="plugged"))
-    monkeypatch.syspath_prepend(tmp_path)
-    forgotten.append("plugin_of_somebody")
-    points = {"exsim.attacks": [EntryPoint("plugged", "plugin_of_somebody:Idle", "exsim.attacks")]}
-    monkeypatch.setattr("simulator.component.entry_points", lambda *, group: points.get(group, []))
+def test_installed_entry_points_are_found(plug_in: Callable[..., Path]) -> None:
+    plug_in("somebody", NEW_ATTACK.format(name="plugged"), attacks="Idle")
     assert "plugged" in ATTACKS.classes()
     assert ATTACKS.make("plugged").params()["patience"] == 2.0
+
+
+def test_a_group_has_a_plural_name() -> None:
+    registries = (ATTACKS, WATERMARKS, DETECTORS, Registry("ownership test", Component, "simulator.attacks"))
+    groups = [registry.group for registry in registries]
+    assert groups == ["exsim.attacks", "exsim.watermarks", "exsim.detectors", "exsim.ownership_tests"]
+    assert Registry("evasion", Component, "simulator.attacks", "others").group == "others"
+    assert (ARCHITECTURES.group, KNOWN.group) == ("exsim.models", "exsim.datasets")
+
+
+def test_two_components_of_one_name_are_an_error(plug_in: Callable[..., Path], tmp_path: Path) -> None:
+    plug_in("somebody", NEW_ATTACK.format(name="knockoff"), attacks="Idle")
+    line = (
+        "two attacks are called 'knockoff': simulator.attacks.knockoff.Knockoff and somebody:Idle of somebody 1.0",
+        "two attacks are called 'knockoff': somebody:Idle of somebody 1.0 and simulator.attacks.knockoff.Knockoff",
+    )
+    for name in ("knockoff", "distillation"):
+        with pytest.raises(InputError) as caught:
+            ATTACKS.make(name)
+        assert str(caught.value) in line
+    config = tmp_path / "run.yaml"
+    config.write_text("{name: a, dataset: digits, watermarks: [deeptracer], scenarios: [{attack: dfme}]}")
+    with pytest.raises(InputError, match="attack: two attacks are called 'knockoff'"):
+        read_config(str(config))
+    assert "deeptracer" in WATERMARKS.classes(), "the other families go on"
+
+
+def test_one_module_may_not_shadow_another_of_its_package() -> None:
+    class Family(Component):
+        pass
+
+    class First(Family):
+        name: Literal["same"] = "same"
+
+    class Second(Family):
+        name: Literal["same"] = "same"
+
+    registry: Registry[Family] = Registry("animal", Family, "simulator.attacks")
+    with pytest.raises(InputError) as caught:
+        registry.classes()
+    here = f"{__name__}.test_one_module_may_not_shadow_another_of_its_package.<locals>"
+    assert str(caught.value) == f"two animals are called 'same': {here}.First and {here}.Second"
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_first() -> None:
+    class Family(Component):
+        pass
+
+    def cell(count: int) -> type[Family]:
+        class Ant(Family):
+            name: Literal["ant"] = "ant"
+            legs: int = count
+
+        return Ant
+
+    registry: Registry[Family] = Registry("animal", Family, "simulator.attacks")
+    assert len({cell(6), cell(8)}) == 2
+    assert registry.make("ant").params() == {"legs": 8}
+
+
+def test_a_subclass_that_only_inherits_a_name_is_not_found() -> None:
+    class Family(Component):
+        pass
+
+    class Ant(Family):
+        name: Literal["ant"] = "ant"
+
+    class Variation(Ant):
+        legs: int = 6
+
+    registry: Registry[Family] = Registry("animal", Family, "simulator.attacks")
+    assert issubclass(Variation, Ant)
+    assert registry.classes() == {"ant": Ant}
+
+
+USELESS = {
+    "import": ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    "syntax": ("def", "SyntaxError: invalid syntax"),
+    "raises": (NEW_ATTACK.format(name="half") + "\nraise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+    "exits": ("import sys; sys.exit(3)", "SystemExit: 3"),
+    "absent": ("", "AttributeError: module 'useless_absent' has no attribute 'Idle'"),
+    "no_class": ("Idle = 3", "it is not an attack"),
+    "of_another_family": ("from simulator.watermarks.badnets import BadNets as Idle", "it is not an attack"),
+    "nameless": (NEW_ATTACK.replace("name: Literal", "title: Literal").format(name="x"), "it is not an attack"),
+}
+
+
+@pytest.mark.parametrize("case", USELESS)
+def test_a_useless_plug_in_is_skipped_and_named_once(
+    case: str, plug_in: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, reason = USELESS[case]
+    names = list(ATTACKS.classes())
+    plug_in(f"useless_{case}", source, attacks="Idle")
+    plug_in(f"useful_{case}", NEW_ATTACK.format(name="plugged"), attacks="Idle")
+    for _ in range(2):
+        assert list(ATTACKS.classes()) == sorted([*names, "plugged"])
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert line.startswith(f"exsim: plug-in useless_{case}:Idle of useless_{case} 1.0 is skipped: {reason}")
+    assert "\n" not in line
+
+
+def test_the_command_line_lists_plug_ins_and_names_the_useless_one(plug_in: Callable[..., Path]) -> None:
+    plug_in("broken", "import nowhere_to_be_found", attacks="Idle", models="Net")
+    plug_in("layers", NET, models="TINY")
+    site = plug_in("pictures", PICTURES, datasets="STRIPES")
+    root = Path(simulator.attacks.__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, "-m", "simulator", "list"],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{site}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason = "of broken 1.0 is skipped: ModuleNotFoundError: No module named 'nowhere_to_be_found'"
+    assert sorted(found.stderr.splitlines()) == [
+        f"exsim: plug-in broken:Idle {reason}",
+        f"exsim: plug-in broken:Net {reason}",
+    ]
+    for word in ("tiny", "a net of somebody's", "stripes", "Stripes: 60 and 20 test images, 2 classes, grey, 12x12"):
+        assert word in found.stdout
+    for word in ("knockoff", "resnet18", "digits"):
+        assert word in found.stdout
+
+
+NET = """
+from torch import nn
+from simulator.models import Architecture
+
+def build(channels, size, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, 7), nn.ReLU()), nn.Linear(7, classes)
+
+TINY = Architecture("tiny", build, "a net of somebody's", smallest=4)
+"""
+
+PICTURES = """
+from simulator.data.known_sets import KnownSet
+
+def read(directory, size, download):
+    raise NotImplementedError
+
+STRIPES = KnownSet("stripes", "Stripes", read, classes=2, channels=1, size=12, train=(60,), test=20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "source", "entry", "table", "kind"),
+    [
+        ("models", NET.replace('"tiny"', '"linear"'), "TINY", ARCHITECTURES, "model"),
+        ("datasets", PICTURES.replace('"stripes"', '"mnist"'), "STRIPES", KNOWN, "data set"),
+    ],
+)
+def test_two_entries_of_a_table_of_one_name_are_an_error(
+    plug_in: Callable[..., Path], group: str, source: str, entry: str, table: Table[Any], kind: str
+) -> None:
+    plug_in("somebody", source, **{group: entry})
+    name = "linear" if kind == "model" else "mnist"
+    where = f"somebody:{entry} of somebody 1.0"
+    for ask in (lambda: table[name], lambda: table.known("digits"), lambda: list(table), lambda: name in table):
+        with pytest.raises(InputError) as caught:
+            ask()
+        assert str(caught.value) == f"two {kind}s are called '{name}': the program's own and {where}"
+
+
+def test_two_plug_ins_of_one_name_are_an_error(plug_in: Callable[..., Path]) -> None:
+    plug_in("one", NET, models="TINY")
+    plug_in("other", NET, models="TINY")
+    with pytest.raises(InputError, match=r"two models are called 'tiny': \w+:TINY of \w+ 1.0 and \w+:TINY of \w+ 1.0"):
+        ARCHITECTURES.known("tiny")
+
+
+def test_an_entry_of_another_kind_is_skipped(plug_in: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    plug_in("confused", NET, datasets="TINY")
+    assert "tiny" not in KNOWN
+    assert caplog.messages == ["exsim: plug-in confused:TINY of confused 1.0 is skipped: it is not a data set"]
 
 
 def test_names_are_sorted_and_abstract_bases_are_left_out() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,21 @@ from PIL import Image
 from pydantic import ValidationError
 
 from simulator.component import describe
-from simulator.data.dataset import DataConfig, Images, describe_datasets, known_datasets, load, training_images
+from simulator.data.dataset import (
+    AbsentError,
+    DataConfig,
+    Images,
+    Outline,
+    describe_datasets,
+    load,
+    outline,
+    training_images,
+)
 from simulator.data.known_sets import KNOWN, digest
+from simulator.data.pool import PoolSpec
 from simulator.errors import InputError
+
+PlugIn = Callable[..., Path]
 
 
 def refused(name: str, data_dir: Path | None = None, **settings: Any) -> str:
@@ -63,10 +76,10 @@ def idx_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, (name, folder) in enumerate((("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"))):
         write_idx(tmp_path / folder, seed)
         small = replace(KNOWN[name], train=(60,), test=30, digests=())
-        monkeypatch.setitem(KNOWN, name, small)
+        monkeypatch.setitem(KNOWN.own, name, small)
         split = load(DataConfig(name=name, owner=50, attacker=10), tmp_path)
         whole = training_images(name, tmp_path)
-        monkeypatch.setitem(KNOWN, name, replace(small, digests=(digest(whole), digest(split.test))))
+        monkeypatch.setitem(KNOWN.own, name, replace(small, digests=(digest(whole), digest(split.test))))
     return tmp_path
 
 
@@ -144,14 +157,14 @@ class TestConfig:
         with pytest.raises(ValidationError) as caught:
             DataConfig(name=name)
         line = describe(caught.value)
-        assert all(known in line for known in (*known_datasets(), "a *.npz file or an image folder"))
+        assert all(known in line for known in (*KNOWN, "a *.npz file or an image folder"))
 
     def test_paths_are_names(self, tmp_path: Path) -> None:
         for name in ("some.npz", "some/folder", str(tmp_path)):
             assert DataConfig(name=name).name == name
 
     def test_every_known_set_is_described(self) -> None:
-        assert [name for name, _ in describe_datasets()] == known_datasets()
+        assert [name for name, _ in describe_datasets()] == list(KNOWN)
         assert dict(describe_datasets())["digits"].startswith("scikit-learn's digits: 1797 images")
 
 
@@ -220,14 +233,82 @@ class TestKnownFiles:
         arrays = {"x_train": pixels[:60], "y_train": labels[:60], "x_test": pixels[60:], "y_test": labels[60:]}
         file = tmp_path / "cifar10.npz"
         np.savez(file, **arrays)
-        monkeypatch.setitem(KNOWN, "cifar10", replace(KNOWN["cifar10"], train=(60,), test=30, digests=()))
+        monkeypatch.setitem(KNOWN.own, "cifar10", replace(KNOWN["cifar10"], train=(60,), test=30, digests=()))
         data = load(DataConfig(name="cifar10"), tmp_path)
         assert (data.channels, data.size, len(data.owner)) == (3, 32, 50)
         assert rows(data.test) == [row.transpose(2, 0, 1).tobytes() for row in pixels[60:]]
-        monkeypatch.setitem(KNOWN, "cifar10", replace(KNOWN["cifar10"], digests=("0" * 64, "0" * 64)))
+        monkeypatch.setitem(KNOWN.own, "cifar10", replace(KNOWN["cifar10"], digests=("0" * 64, "0" * 64)))
         assert f"{file} are not CIFAR-10's" in refused("cifar10", tmp_path)
         file.write_bytes(file.read_bytes()[:-500])
         assert str(file) in refused("cifar10", tmp_path)
+
+
+PICTURES = """
+import numpy as np
+import torch
+from simulator.data.images import Images
+from simulator.data.known_sets import AbsentError, KnownSet
+
+def part(count):
+    pixels = torch.arange(count * 2 * 20 * 20).reshape(count, 2, 20, 20)[:, :1] % 251
+    return Images(pixels.to(torch.uint8), torch.arange(count) % 2)
+
+def read(directory, size, download):
+    if not (directory / "pictures.txt").exists() and not download:
+        raise AbsentError("pictures.txt is not there")
+    train, test = part(60), part(20)
+    CHANGE
+    return train, test
+
+STRIPES = KnownSet("stripes", "Stripes", read, classes=2, channels=1, size=12, train=(60,), test=20)
+"""
+
+
+class TestPlugIn:
+    def test_it_is_loaded_and_split_as_the_others(self, plug_in: PlugIn, tmp_path: Path) -> None:
+        with pytest.raises(ValidationError, match="'stripes' is not one of digits, mnist"):
+            DataConfig(name="stripes")
+        plug_in("pictures", PICTURES.replace("CHANGE", "pass"), datasets="STRIPES")
+        data = load(DataConfig(name="stripes"), tmp_path)
+        assert (len(data.owner), len(data.attacker), len(data.test)) == (50, 10, 20)
+        assert (data.channels, data.size, data.classes) == (1, 12, 2)
+        assert data.owner.images.dtype == torch.uint8
+        assert load(DataConfig(name="stripes", size=20), tmp_path).test.labels.tolist() == [0, 1] * 10
+        assert len(training_images("stripes", tmp_path)) == 60
+        expected = Outline(classes=2, channels=1, size=12, owner=50, attacker=10, test=20)
+        assert outline(DataConfig(name="stripes")) == expected
+        assert describe_datasets()[-1] == ("stripes", "Stripes: 60 and 20 test images, 2 classes, grey, 12x12")
+        assert PoolSpec.parse({"stripes": 1, "attacker": 1}).label == "attacker+stripes"
+
+    def test_it_may_be_absent(self, plug_in: PlugIn, tmp_path: Path) -> None:
+        plug_in("pictures", PICTURES.replace("CHANGE", "pass"), datasets="STRIPES")
+        with pytest.raises(AbsentError, match=r"^stripes: pictures.txt is not there$"):
+            load(DataConfig(name="stripes"), tmp_path, download=False)
+        (tmp_path / "pictures.txt").touch()
+        assert load(DataConfig(name="stripes"), tmp_path, download=False).classes == 2
+
+    @pytest.mark.parametrize(
+        ("change", "line"),
+        [
+            ("train = part(59)", "has 59 training images, it should have 60"),
+            ("test = part(21)", "has 21 test images, it should have 20"),
+            ("test = None", "has no test part"),
+            ("train = Images(train.images.float(), train.labels)", "are torch.float32 (60, 1, 20, 20) with labels"),
+            ("train = Images(train.images.numpy(), train.labels)", "are uint8 (60, 1, 20, 20) with labels"),
+            ("train = Images(train.images, train.labels.int())", "with labels torch.int32 (60,), they should be uint8"),
+            ("train = Images(train.images, train.labels[:9])", "with labels torch.int64 (9,), they should be uint8"),
+            ("train = Images(train.images[:, 0], train.labels)", "are torch.uint8 (60, 20, 20) with labels"),
+            ("train = Images(train.images.expand(-1, 3, -1, -1), train.labels)", "have shape (3, 20, 20)"),
+            ("train = Images(train.images, train.labels * 2)", "2 classes from 0 to 2, they should be 0 to 1"),
+            ("raise OSError('a\\nb')", "truncated or corrupt (a b)"),
+            ("return None", "truncated or corrupt (cannot unpack non-iterable NoneType object)"),
+        ],
+    )
+    def test_what_it_reads_is_checked(self, plug_in: PlugIn, tmp_path: Path, change: str, line: str) -> None:
+        plug_in("pictures", PICTURES.replace("CHANGE", change), datasets="STRIPES")
+        found = refused("stripes", tmp_path)
+        assert found.startswith("stripes: ")
+        assert line in found
 
 
 class TestNpz:

@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from simulator.data.dataset import DataConfig, load
 from simulator.errors import InputError
 from simulator.models import (
     ARCHITECTURES,
@@ -30,6 +31,10 @@ from simulator.models import (
     to_bytes,
 )
 from simulator.models.plain import AveragePool
+from simulator.plan.config import check_config
+from simulator.training.fit import fit
+from simulator.training.predict import predict_labels
+from simulator.training.recipe import Recipe
 
 NAMES = list(ARCHITECTURES)
 HEAVY = {"resnet34", "resnet50", "densenet161", "efficientnet_b2"}
@@ -368,3 +373,51 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_the_programs_own_metadata_entry_is_not_the_callers() -> None:
     with pytest.raises(ValueError, match="'exsim' is written by to_bytes itself"):
         to_bytes(made("linear"), {"exsim": "mine"})
+
+
+# --- architectures of plug-ins ----------------------------------------------------------------------------------------
+
+NET = """
+from torch import nn
+from simulator.models import Architecture
+
+def build(channels, size, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, 32), nn.ReLU()), nn.Linear(32, classes)
+
+TINY = Architecture("tiny", build, "a net of somebody's", smallest=12)
+"""
+
+
+def test_an_architecture_of_a_plug_in_trains_and_is_saved_and_loaded(
+    plug_in: Callable[..., Path], tmp_path: Path
+) -> None:
+    plug_in("layers", NET, models="TINY")
+    assert describe_models()[-1] == ("tiny", "a net of somebody's")
+    data = load(DataConfig(name="digits"))
+    model = build("tiny", channels=1, size=16, classes=10, mean=data.mean, std=data.std, generator=seeded(0))
+    recipe = Recipe(epochs=8, batch_size=32, learning_rate=0.01)
+    fit(model, data.owner.images, data.owner.labels, recipe, generator=seeded(1))
+    accuracy = (predict_labels(model, data.test.images) == data.test.labels).float().mean()
+    assert accuracy > 0.8
+    save_model(model, tmp_path / "tiny.safetensors")
+    loaded, _ = load_model(tmp_path / "tiny.safetensors")
+    assert loaded.spec == model.spec
+    assert loaded.spec.architecture == "tiny"
+    with torch.no_grad():
+        assert torch.equal(loaded(data.test.images), model(data.test.images))
+    refused(lambda: build("tiny", channels=1, size=8, classes=2), "too small for tiny: its smallest size is 12")
+
+
+def test_a_configuration_may_name_the_architecture_of_a_plug_in(plug_in: Callable[..., Path]) -> None:
+    data = {"name": "a", "dataset": "digits", "architecture": "tiny", "watermarks": ["deeptracer"]}
+    refused(lambda: check_config(data), "architecture: 'tiny' is not one of linear, naivenet, ")
+    plug_in("layers", NET, models="TINY")
+    config = check_config({**data, "key_filter": {"architecture": "tiny"}})
+    assert (config.architecture, config.key_filter.architecture) == ("tiny", "tiny")
+
+
+def test_a_file_of_an_architecture_whose_plug_in_is_not_installed_is_refused(plug_in: Callable[..., Path]) -> None:
+    data = rewritten(spec=spec(architecture="tiny"))
+    refused(lambda: from_bytes(data), "its spec: architecture: 'tiny' is not one of linear")
+    plug_in("layers", NET.replace("smallest=12", "smallest=4"), models="TINY")
+    refused(lambda: from_bytes(data), "does not fit tiny: tensor 'body.1.weight' is missing")
