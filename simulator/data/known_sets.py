@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simulator.data.images import Images, Parts, convert_images, one_line, read_npz
+from simulator.data.images import Images, Parts, convert_images, read_npz, reason_of
 from simulator.errors import InputError
 
 
@@ -71,7 +71,7 @@ def read_known(name: str, size: int | None, directory: Path, download: bool = Tr
         except InputError:
             raise
         except Exception as error:  # torchvision's readers raise anything from AssertionError to KeyError
-            raise InputError(f"{name}: cannot read {where}, truncated or corrupt ({one_line(error)})") from None
+            raise InputError(f"{name}: cannot read {where}, truncated or corrupt ({reason_of(error)})") from None
         parts = Parts(train, test, known.classes)
     _check_known(name, parts.train, "training", known.train, where)
     if parts.test is not None and known.test is not None:
@@ -134,7 +134,7 @@ def _open(name: str, directory: Path, part: str, download: bool) -> Any:
         return make(root=directory, download=True, **arguments)
     except Exception as error:  # no network, no disk, a wrong MD5 sum: each in another type
         raise InputError(
-            f"{name}: not in {directory} (or corrupt there) and the download failed ({one_line(error)}): "
+            f"{name}: not in {directory} (or corrupt there) and the download failed ({reason_of(error)}): "
             f"name the directory that holds it, in torchvision's layout, with --data DIR"
         ) from None
 
