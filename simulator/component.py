@@ -24,6 +24,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, Val
 
 from simulator.errors import InputError
 
+#: how ids and rows name the model without a watermark
+BENIGN = "benign"
 #: characters of a wrong value that a message shows
 LONGEST = 200
 

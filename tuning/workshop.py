@@ -36,7 +36,7 @@ Span = tuple[float, float]
 #: when a piece of work was begun, when a worker had it, and when it was done
 Times = tuple[float, float, float]
 #: a row's role, its scenario's or model's id, and the parameters of the watermark whose key it was measured with
-Place = tuple[Literal["benign", "victim", "stolen"], str, str]
+Place = tuple[str, str, str]
 
 
 def union(spans: Iterable[Span]) -> float:

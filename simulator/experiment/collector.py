@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from simulator.analysis.agreement import accuracy, agreement
+from simulator.component import BENIGN
 from simulator.data.dataset import Images
 from simulator.detectors.base import Detection, first_noticed
 from simulator.detectors.clients import alarm_rate, watch_clients
@@ -19,7 +20,7 @@ from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.ownership.wsr import small_key, verify
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import BENIGN, OwnerModel, Scenario
+from simulator.plan.subjects import OwnerModel, Scenario
 from simulator.records.detections import Source, detectors_json, write_detections
 from simulator.records.rows import Row, write_row
 from simulator.training.predict import predict_labels
@@ -143,6 +144,8 @@ class Collector:
             "scenario_id": spec.id,
             "role": "victim" if spec.watermark else "benign",
             "victim": spec.id if spec.watermark else BENIGN,
+            "parent": spec.benign.id if spec.watermark else None,
+            "threshold": self._config.verification.threshold,
             "dataset": self._dataset,
             "watermark": marked.name if marked else BENIGN,
             "watermark_params": marked.params_json() if marked else "{}",
@@ -171,6 +174,8 @@ class Collector:
             "scenario_id": scenario.id,
             "role": "stolen",
             "victim": BENIGN if scenario.control else scenario.victim.id,
+            "parent": scenario.victim.id,
+            "threshold": self._config.verification.threshold,
             "dataset": self._dataset,
             "watermark": of.watermark.name,
             "watermark_params": of.watermark.params_json(),
@@ -186,8 +191,11 @@ class Collector:
         }
 
     def _verdict_columns(self, model: Classifier, of: OwnerModel) -> dict[str, Any]:
-        result = verify(model, self._keys[of.id], self._config.verification)
+        key = self._keys[of.id]
+        result = verify(model, key, self._config.verification)
+        stages, note = self._config.key_filter.stages, key.info.get("filter")
         return {
+            "key_filter": stages if note == stages else f"{stages}: {note}",
             "wsr": result.wsr,
             "wsr_low": result.low,
             "wsr_high": result.high,

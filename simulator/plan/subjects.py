@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from simulator.component import BENIGN
 from simulator.data.dataset import DataConfig
 from simulator.ownership.key_filter import KeyFilter
 from simulator.plan.config import RunConfig, StageConfig
 from simulator.service.ledger import Terms, hash_token
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Watermark
-
-#: how the rows name the benign model as a victim
-BENIGN = "benign"
 
 
 def short_hash(*parts: object) -> str:
