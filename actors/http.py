@@ -30,11 +30,8 @@ from actors.replica import MAX_PER_ACCOUNT, Victim
 from simulator import __version__
 from simulator.errors import InputError
 from simulator.service.http import NPY, AccountInfo, ModelInfo, Prediction, Problem
-from simulator.service.ledger import KeyReused, OverBudget, Refused, Terms, Unauthorised, hash_token
+from simulator.service.ledger import KEYS, KeyReused, OverBudget, Refused, Terms, Unauthorised, hash_token
 from simulator.service.query import MalformedQuery, Query
-
-#: the ledger's keys are integers below this
-KEYS = 1 << 63
 
 
 class Door:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from simulator.errors import InputError
 from simulator.files import Folder, write_atomically
+from simulator.tensorfile import decode, encode
 
 #: seconds of work that a kill may cost
 INTERVAL = 10.0
@@ -90,9 +89,9 @@ class TimedCheckpoint:
 
 def to_bytes(state: State) -> bytes:
     """A state as a safetensors file."""
-    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-    values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    return save(tensors, {"values": json.dumps(values)})
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    values = {name: value for name, value in state.items() if name not in tensors}
+    return encode(tensors, {"values": json.dumps(values)})
 
 
 def from_bytes(data: bytes) -> State:
@@ -102,10 +101,9 @@ def from_bytes(data: bytes) -> State:
         InputError: the bytes are no such file.
     """
     try:
-        length = int.from_bytes(data[:8], "little")
-        values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["values"])
-        return {**values, **load(data)}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors, metadata = decode(data, "checkpoint")
+        return {**json.loads(metadata["values"]), **tensors}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"damaged checkpoint: {' '.join(str(error).split())}") from None
 
 

@@ -29,6 +29,8 @@ from simulator.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
+#: how ids and rows name the model without a watermark
+BENIGN = "benign"
 #: characters of a wrong value that a message shows
 LONGEST = 200
 

@@ -149,12 +149,12 @@ def report(run_dir: Path) -> int:
         terminal.console().print(f"report: {terminal.shown(page)}", soft_wrap=True)
         return 0
     from simulator.records.rows import read_rows
-    from simulator.report.table import render_table, was_filtered, write_report
+    from simulator.report.table import render_table, write_report
 
     console = terminal.console()
     rows = read_rows(run_dir)
     page = write_report(run_dir)
-    console.print(render_table(rows, width=console.width, filtered=was_filtered(run_dir)))
+    console.print(render_table(rows, width=console.width))
     console.print(f"report: {terminal.shown(page)}", soft_wrap=True)
     return 0 if all(row.status == "ok" for row in rows) else 1
 

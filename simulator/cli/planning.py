@@ -47,7 +47,8 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
 
 
 def _table(config: RunConfig, plan: Plan) -> Table:
-    from simulator.plan.subjects import BENIGN, Marked
+    from simulator.component import BENIGN
+    from simulator.plan.subjects import Marked
 
     table = Table(title=f"{config.name}: {len(plan.scenarios)} scenarios", title_justify="left")
     for name in ("scenario", "attack", "labels", "pool", "architecture", "from", "seed"):

@@ -82,9 +82,9 @@ def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place
     if state == "interrupted":
         console.print(f"interrupted; {len(rows)} rows are kept. Go on with: exsim run --resume {shown}", soft_wrap=True)
         return terminal.INTERRUPTED
-    from simulator.report.table import render_table, was_filtered, write_report
+    from simulator.report.table import render_table, write_report
 
-    console.print(render_table(rows, width=console.width, filtered=was_filtered(directory.path)))
+    console.print(render_table(rows, width=console.width))
     page = write_report(directory.path)
     console.print(f"results: {shown}   report: {terminal.shown(page)}", soft_wrap=True)
     return 0 if state == "done" else 1

@@ -154,7 +154,7 @@ def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile, zlib and numpy raise a dozen types for a file that is not what it should be
         if "pickle" in str(error):
             raise InputError(f"{path}: holds pickled objects, only plain arrays are loaded") from None
-        raise InputError(f"{path}: not a readable npz, truncated or corrupt ({one_line(error)})") from None
+        raise InputError(f"{path}: not a readable npz, truncated or corrupt ({reason_of(error)})") from None
 
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray, part: str) -> Images:
@@ -238,7 +238,7 @@ def _annotated_files(annotations: Path, classes: list[str]) -> list[tuple[Path, 
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{annotations}: cannot be read ({one_line(error)})") from None
+        raise InputError(f"{annotations}: cannot be read ({reason_of(error)})") from None
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in labels:
@@ -271,9 +271,9 @@ def _read_image(path: Path, size: int) -> tuple[np.ndarray, bool]:
     except InputError:
         raise
     except Exception as error:  # each of PIL's decoders raises its own types for a damaged file
-        raise InputError(f"{path}: not a readable image ({one_line(error)})") from None
+        raise InputError(f"{path}: not a readable image ({reason_of(error)})") from None
 
 
-def one_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An error's text on one line, for the end of an InputError."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from simulator.component import Table
-from simulator.data.images import Images, Parts, convert_images, one_line, read_npz
+from simulator.data.images import Images, Parts, convert_images, read_npz, reason_of
 from simulator.errors import InputError
 
 
@@ -88,7 +88,7 @@ def read_known(name: str, size: int | None, directory: Path, download: bool = Tr
         except InputError as error:
             raise type(error)(f"{name}: {error}") from None
         except Exception as error:  # torchvision's readers raise anything from AssertionError to KeyError
-            raise InputError(f"{name}: cannot read {where}, truncated or corrupt ({one_line(error)})") from None
+            raise InputError(f"{name}: cannot read {where}, truncated or corrupt ({reason_of(error)})") from None
     if (test is None) != (known.test is None):
         raise InputError(f"{name}: {where} has {'no' if test is None else 'a'} test part, against what is known of it")
     _check(known, train, "training", known.train, where)
@@ -168,7 +168,7 @@ def _open(source: str, directory: Path, download: bool, arguments: dict[str, Any
         return make(root=directory, download=True, **arguments)
     except Exception as error:  # no network, no disk, a wrong MD5 sum: each in another type
         raise InputError(
-            f"not in {directory} (or corrupt there) and the download failed ({one_line(error)}): "
+            f"not in {directory} (or corrupt there) and the download failed ({reason_of(error)}): "
             f"name the directory that holds it, in torchvision's layout, with --data DIR"
         ) from None
 

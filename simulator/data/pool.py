@@ -29,7 +29,7 @@ from simulator.errors import InputError
 __all__ = ["Pool", "PoolSpec", "build_pool", "convert_images", "patches", "without_test_images"]
 
 
-#: the parts that are not data sets
+#: the parts that come with the run and are no data sets of their own
 OWN_PARTS = ("attacker", "owner", "triggers", "patches")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simulator.analysis.agreement import accuracy, agreement
+from simulator.component import BENIGN
 from simulator.data.images import Images
 from simulator.detectors.base import Detection
 from simulator.detectors.clients import alarm_rate, watch_clients
@@ -27,7 +28,7 @@ from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.ownership.wsr import small_key, verify
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import BENIGN, Marked, OwnerModel, Removed, Stolen, Subject
+from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
 from simulator.records.detections import Source, detectors_json, write_detections
 from simulator.records.rows import Row, write_row
 from simulator.training.predict import predict_labels
@@ -152,6 +153,8 @@ class Collector:
             "scenario_id": spec.id,
             "role": spec.role,
             "victim": BENIGN if spec.control else spec.id,
+            "parent": spec.parent.id if spec.parent else None,
+            "threshold": self._config.verification.threshold,
             "dataset": self._dataset,
             "watermark": of.watermark.name,
             "watermark_params": of.watermark.params_json(),
@@ -203,6 +206,8 @@ class Collector:
             "scenario_id": subject.id,
             "role": subject.role,
             "victim": BENIGN if subject.control else subject.owner.id,
+            "parent": subject.parent.id,
+            "threshold": self._config.verification.threshold,
             "dataset": self._dataset,
             "watermark": of.watermark.name,
             "watermark_params": of.watermark.params_json(),
@@ -213,8 +218,11 @@ class Collector:
         }
 
     def _verdict_columns(self, model: Classifier, of: Marked) -> dict[str, Any]:
-        result = verify(model, self._key(of), self._config.verification)
+        key = self._key(of)
+        result = verify(model, key, self._config.verification)
+        stages, note = of.key_filter.stages, key.info.get("filter")
         return {
+            "key_filter": stages if note == stages else f"{stages}: {note}",
             "wsr": result.wsr,
             "wsr_low": result.low,
             "wsr_high": result.high,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from simulator.data.dataset import AbsentError, Dataset, load, training_images
-from simulator.data.pool import PoolSpec, pool_size, without_test_images
+from simulator.data.pool import OWN_PARTS, PoolSpec, pool_size, without_test_images
 from simulator.errors import InputError, one_line
 from simulator.experiment.world import World
 from simulator.models import build
@@ -20,9 +20,6 @@ from simulator.plan.config import RunConfig
 from simulator.plan.subjects import Plan, Removed, Stolen, make_plan
 from simulator.seeding import generator_for
 from simulator.service.answers import most_kept
-
-#: names of pool parts that come with the run and are no data set of their own
-OWN_PARTS = ("attacker", "owner", "triggers", "patches")
 
 
 def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool = True) -> tuple[Plan, World]:

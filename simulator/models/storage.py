@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from simulator.component import describe
 from simulator.errors import InputError
 from simulator.files import write_atomically
 from simulator.models.classifier import Classifier, ModelSpec, assemble
+from simulator.tensorfile import decode, encode, read_tensors
 
 _KEY = "exsim"
 _FORMAT = 1
@@ -31,9 +30,7 @@ def to_bytes(model: Classifier, metadata: Mapping[str, str] | None = None) -> by
     if _KEY in entries:
         raise ValueError(f"the metadata entry {_KEY!r} is written by to_bytes itself")
     entries[_KEY] = json.dumps({"format": _FORMAT, "kind": "model", "spec": model.spec.model_dump(mode="json")})
-    # channels_last tensors are not contiguous, and safetensors knows no strides
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return safetensors.save(tensors, entries)
+    return encode(model.state_dict(), entries)
 
 
 def from_bytes(data: bytes) -> Classifier:
@@ -42,7 +39,7 @@ def from_bytes(data: bytes) -> Classifier:
     Raises:
         InputError: as `load_model`.
     """
-    return _decode(data, "model")[0]
+    return _assembled(*decode(data, "model"), "model")[0]
 
 
 def save_model(model: Classifier, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -64,15 +61,10 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Classifier, dict[str, str]
         InputError: the file is missing, damaged, no safetensors file, not of this program, of an unknown architecture,
             or its weights do not fit the architecture or are not finite.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from None
-    return _decode(data, os.fspath(path))
+    return _assembled(*read_tensors(Path(path), "a model"), os.fspath(path))
 
 
-def _decode(data: bytes, where: str) -> tuple[Classifier, dict[str, str]]:
-    tensors, metadata = _parse(data, where)
+def _assembled(tensors: dict[str, Tensor], metadata: dict[str, str], where: str) -> tuple[Classifier, dict[str, str]]:
     spec = _spec(metadata.pop(_KEY, None), where)
     # On the meta device nothing is allocated or drawn, so a file that lies about its size costs nothing.
     with torch.device("meta"):
@@ -81,19 +73,6 @@ def _decode(data: bytes, where: str) -> tuple[Classifier, dict[str, str]]:
     model.load_state_dict(tensors, assign=True)
     # the layout that a model has after training: another one changes the last bits of an answer
     return model.eval().to(memory_format=torch.channels_last), metadata
-
-
-def _parse(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        tensors = safetensors.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        # Asked only now: a safetensors file may begin with any two bytes, for they are the length of its header.
-        if data.startswith((b"PK\x03\x04", b"\x80")):
-            raise InputError(f"{where}: not a safetensors file; pickled models are never loaded") from None
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where}: not a safetensors file, or a damaged one: {reason}") from None
-    return tensors, header.get("__metadata__") or {}
 
 
 def _spec(text: str | None, where: str) -> ModelSpec:

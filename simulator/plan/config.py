@@ -86,6 +86,10 @@ class StageConfig(Settings):
         return "none" if self.attack.data_free else " then ".join(dict.fromkeys(pool.label for pool in self.pools))
 
 
+#: the fields of a scenario of which several values make a grid; those of the first change slowest
+GRID = ("architecture", "pool", "labels", "budget", "accounts")
+
+
 def _siblings(value: object) -> object:
     """One removal for each combination of a mapping's lists: ``{name: pruning, fraction: [0.2, 0.4]}`` is two.
 
@@ -168,7 +172,7 @@ class ScenarioConfig(Settings):
             raise InputError("'stages' needs two entries or more, and no other key beside it but 'then'")
         if self.stages is not None and any(stage.curve or stage.accounts > 1 for stage in self.stages):
             raise InputError("stages: 'curve' and 'accounts' are for scenarios of one stage")
-        for field in ("pool", "labels", "architecture", "budget", "accounts"):
+        for field in GRID:
             if not getattr(self, field):
                 raise InputError(f"{field}: an empty list runs nothing")
         try:
@@ -183,25 +187,9 @@ class ScenarioConfig(Settings):
             return []
         if self.stages is not None:
             return [self.stages]
-        return [
-            (
-                StageConfig(
-                    attack=self.attack,
-                    pool=pool,
-                    labels=labels,
-                    architecture=architecture,
-                    budget=budget,
-                    rounds=self.rounds,
-                    accounts=accounts,
-                    curve=self.curve,
-                ),
-            )
-            for architecture in self.architecture
-            for pool in self.pool
-            for labels in self.labels
-            for budget in self.budget
-            for accounts in self.accounts
-        ]
+        fixed = {name: getattr(self, name) for name in StageConfig.model_fields if name not in GRID}
+        points = itertools.product(*(getattr(self, name) for name in GRID))
+        return [(StageConfig(**fixed, **dict(zip(GRID, point, strict=True))),) for point in points]
 
 
 class Resources(Settings):

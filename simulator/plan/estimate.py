@@ -44,7 +44,7 @@ PROCESS = 750 << 20
 #: operations a second that a GPU is assumed to sustain on small images; not measured, its peak is many times that
 GPU_RATE = 1e12
 #: seconds of measuring for each architecture
-PATIENCE = 0.4
+CALIBRATION_PATIENCE = 0.4
 #: operations of a step that is measured, at most, unless that is less than two images: half a second or so of a core
 STEP = 10**10
 #: images of a step that is measured, at most
@@ -305,7 +305,7 @@ def memory(name: str, data: Outline, batch: int) -> int:
     return PROCESS + TRAINED * parameter_count(model) + 2 * batch * sum(outputs)
 
 
-def calibrate(name: str, data: Outline, batch: int, patience: float = PATIENCE) -> Speed:
+def calibrate(name: str, data: Outline, batch: int, patience: float = CALIBRATION_PATIENCE) -> Speed:
     """Measures one architecture on this machine, on as many threads as torch has now.
 
     CPU time of this process is taken, not the clock's: other work on the machine then does not count. A batch is cut to

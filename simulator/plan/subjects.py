@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from simulator.component import BENIGN
 from simulator.data.dataset import DataConfig
 from simulator.data.pool import PoolSpec
 from simulator.ownership.key_filter import KeyFilter
@@ -32,9 +33,6 @@ from simulator.removals.base import Removal
 from simulator.service.ledger import Terms, hash_token
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Watermark
-
-#: how the rows name the unmarked model as a victim
-BENIGN = "benign"
 
 Role = Literal["benign", "victim", "stolen", "removed"]
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pyarrow as pa
 from pydantic import Field
 
 from simulator.component import Settings
 from simulator.detectors.base import Detection, Detector
-from simulator.records.parquet import write_part
+from simulator.records.parquet import arrow_schema, write_part
 
 #: a client's source of images: ``attack`` is an attacker, the others are benign clients
 Source = Literal["attack", "test", "held-out"]
@@ -38,24 +37,8 @@ class ClientRecord(Settings):
     statistic: float | None
 
 
-_TEXT = pa.string()
-
-
 #: the columns of ``detections/*.parquet``
-SCHEMA = pa.schema(
-    [
-        pa.field("id", _TEXT, nullable=False),
-        pa.field("victim", _TEXT, nullable=False),
-        pa.field("source", _TEXT, nullable=False),
-        pa.field("attack", _TEXT),
-        pa.field("client", _TEXT, nullable=False),
-        pa.field("detector", _TEXT, nullable=False),
-        pa.field("detector_params", _TEXT, nullable=False),
-        pa.field("queries", pa.int64(), nullable=False),
-        pa.field("detected_at", pa.int64()),
-        pa.field("statistic", pa.float64()),
-    ]
-)
+SCHEMA = arrow_schema(ClientRecord)
 
 
 def write_detections(

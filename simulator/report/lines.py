@@ -2,7 +2,8 @@
 
 A line stands for the rows that differ in their seed alone. The control of a stolen line is the same attack on the
 benign victim, measured with the same key: what the WSR would be if nothing had been stolen from a watermarked victim.
-The control of a victim is the benign model measured with the victim's key.
+The control of a victim is the benign model measured with the victim's key. A model after a removal has a line below
+the one it was made from, and its control went through the same removal.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from simulator.records.rows import BENIGN, Row, sorted_rows
+from simulator.component import BENIGN
+from simulator.records.rows import Row, sorted_rows
 
 T = TypeVar("T", bound=Hashable)
 
@@ -54,14 +56,13 @@ class Stat:
 
 
 def is_control(row: Row) -> bool:
-    """Whether the row is a model stolen from the benign victim."""
-    return row.role == "stolen" and row.victim == BENIGN
+    """Whether the row is a model stolen from the benign victim, or a removal of that or of the benign model."""
+    return row.role in ("stolen", "removed") and row.victim == BENIGN
 
 
-def by_construction(row: Row) -> bool:
-    """Whether the WSR is what the key filter makes it: it drops what *this* benign model answers with the key's label,
-    and keeps only what *this* victim answers so. No interval belongs to such a rate: it could not have been another."""
-    return (row.role == "benign" and row.wsr == 0) or (row.role == "victim" and row.wsr == 1)
+def thresholds(rows: Iterable[Row]) -> list[float]:
+    """The WSRs above which models count as stolen, ascending: one, unless several tests or runs are shown."""
+    return sorted({row.threshold for row in rows if row.threshold is not None})
 
 
 def stat(values: Iterable[float | None]) -> Stat | None:
@@ -114,7 +115,7 @@ def doubts(found: Sequence[Line]) -> list[str]:
         if accused and line.row.role != "victim":  # the benign model has a line of its own
             seeds = ", ".join(map(str, accused))
             notes.append(f"false claim: the control of {labels.full(line)} is verified as stolen (seed {seeds})")
-        if line.row.role == "stolen" and not line.is_control and not line.failed and not line.good_controls:
+        if line.row.role not in ("benign", "victim") and not (line.is_control or line.failed or line.good_controls):
             notes.append(f"{labels.full(line)} has no control: its WSR cannot be judged")
     return list(dict.fromkeys(notes))
 
@@ -127,8 +128,9 @@ class Labels:
         self._watermark = _differing((row.watermark, row.watermark_params) for row in rows)
         self._attack = _differing((row.attack or "", row.attack_params) for row in rows)
         self._removal = _differing((row.removal or "", row.removal_params) for row in rows)
-        stolen = [row for row in rows if row.role == "stolen"]
+        stolen = [row for row in rows if row.origin == "stolen"]
         self.datasets = len({row.dataset for row in rows}) > 1
+        self.tests = len({row.test for row in rows}) > 1
         self._pools = len({row.pool for row in stolen}) > 1
         self._architectures = len({row.architecture for row in stolen}) > 1
 
@@ -137,21 +139,20 @@ class Labels:
         return _named(row.watermark, row.watermark_params, self._watermark)
 
     def attack(self, row: Row) -> str:
-        """``"knockoff(adaptive) → fine-tuning"``; the role of a model that was not stolen."""
-        name = f"{row.role}{' model' if row.role == 'benign' else ''}"
+        """``"knockoff(adaptive) then pruning(ratio=0.4)"``; the role of a model that was not stolen."""
+        name = f"{row.origin}{' model' if row.origin == 'benign' else ''}"
         if row.attack is not None:
             name = _named(row.attack, row.attack_params, self._attack)
-        elif row.role == "stolen":
-            name = "stolen"
         if row.stage is not None and row.stage > 1:
             name += f", stage {row.stage}"
         if row.removal is not None:
-            name += f" → {_named(row.removal, row.removal_params, self._removal)}"
+            name += f" then {_named(row.removal, row.removal_params, self._removal)}"
         return f"control: {name}" if is_control(row) else name
 
     def panel(self, row: Row) -> str:
-        """The watermark, and the data set if the report holds several."""
-        return f"{self.watermark(row)}, {row.dataset}" if self.datasets else self.watermark(row)
+        """The watermark, and the data set and the ownership test if the report holds several."""
+        varied = [row.dataset if self.datasets else None, row.test if self.tests else None]
+        return ", ".join(part for part in (self.watermark(row), *varied) if part)
 
     def series(self, row: Row) -> str:
         """The attack with its answers, and whatever else varies, but for the watermark, the budget and the seed."""
@@ -169,7 +170,7 @@ def _setting(row: Row) -> tuple[Hashable, ...]:
     """What a row and its control share, but for the seed."""
     return (
         *(row.dataset, row.watermark, row.watermark_params, row.architecture, row.attack, row.attack_params),
-        *(row.labels, row.pool, row.stage, row.removal, row.removal_params, row.budget),
+        *(row.labels, row.pool, row.stage, row.removal, row.removal_params, row.budget, row.test),
     )
 
 
@@ -177,7 +178,7 @@ def _controls(line: Line, same_setting: Sequence[Row]) -> tuple[Row, ...]:
     if line.row.role == "benign" or line.is_control:
         return ()
     seeds = {row.seed for row in line.rows}
-    innocent: Callable[[Row], bool] = is_control if line.row.role == "stolen" else lambda row: row.role == "benign"
+    innocent: Callable[[Row], bool] = (lambda row: row.role == "benign") if line.row.role == "victim" else is_control
     return tuple(row for row in same_setting if row.seed in seeds and innocent(row))
 
 

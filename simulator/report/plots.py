@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from simulator.records.rows import Row
-from simulator.report.lines import Labels, Line, by_construction, is_control, stat
+from simulator.report.lines import Labels, Line, is_control, stat, thresholds
 
 #: Okabe and Ito's palette, told apart by the colour-blind; without yellow and black, which vanish on light or dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -35,21 +35,16 @@ JITTER = 1.5
 _BARE = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def wsr_vs_accuracy(found: Sequence[Line], threshold: float, *, filtered: bool = True) -> str:
+def wsr_vs_accuracy(found: Sequence[Line]) -> str:
     """One point a measured model with the Wilson interval of its WSR, one panel a watermark; SVG.
 
     Controls, which often have the same WSR of 0, are moved up or down by at most :data:`JITTER`, each always alike.
-
-    Args:
-        found: the lines of a report.
-        threshold: the WSR above which a model counts as stolen, in (0, 1).
-        filtered: a key filter chose the key samples: what it makes of a benign model's and a victim's WSR has no
-            interval.
+    A WSR that is by construction has no interval.
     """
     labels = Labels(found)
     rows = [row for row in _rows(found) if row.accuracy is not None and row.wsr is not None]
     panels = _panels(rows, labels)
-    looks = _looks(sorted({_attack(row) for row in rows if row.role == "stolen"}))
+    looks = _looks(sorted({_attack(row) for row in rows if row.role in ("stolen", "removed")}))
     with matplotlib.style.context(["default", STYLE]):
         columns = min(3, max(1, len(panels)))
         down = -(-len(panels) // columns) or 1
@@ -61,9 +56,9 @@ def wsr_vs_accuracy(found: Sequence[Line], threshold: float, *, filtered: bool =
             axes.set_visible(at < len(panels))
         for axes, (title, members) in zip(grid.flat, panels.items(), strict=False):
             axes.set(title=title, ylim=(-4, 104))
-            _threshold(axes, threshold)
+            _thresholds(axes, members)
             for row in members:
-                _point(axes, row, looks, filtered)
+                _point(axes, row, looks)
         for at, axes in enumerate(grid.flat):
             if at % columns == 0:
                 axes.set_ylabel("WSR, %")
@@ -78,7 +73,7 @@ def wsr_vs_accuracy(found: Sequence[Line], threshold: float, *, filtered: bool =
         return svg_of(figure)
 
 
-def budget_curves(found: Sequence[Line], threshold: float) -> str | None:
+def budget_curves(found: Sequence[Line]) -> str | None:
     """WSR and accuracy against the query budget, one row of panels a watermark, SVG; None if no budget was varied.
 
     A curve is an attack with its answers, pool and architecture; dotted and hollow is its control. Several seeds are
@@ -86,7 +81,7 @@ def budget_curves(found: Sequence[Line], threshold: float) -> str | None:
     """
     labels = Labels(found)
     curves: dict[tuple[str, str], list[Line]] = {}
-    usable = [line for line in found if line.row.role == "stolen" and not line.is_control and not line.failed]
+    usable = [line for line in found if line.row.origin == "stolen" and not line.is_control and not line.failed]
     for line in sorted(usable, key=lambda line: line.row.budget or 0):
         if line.row.budget:
             curves.setdefault((labels.panel(line.row), labels.series(line.row)), []).append(line)
@@ -107,7 +102,7 @@ def budget_curves(found: Sequence[Line], threshold: float) -> str | None:
                 _curve(right, measured, "accuracy", looks[series], hollow)
         budgets = sorted({line.row.budget or 0 for points in curves.values() for line in points})
         for panel, (left, right) in zip(panels, grid, strict=True):
-            _threshold(left, threshold)
+            _thresholds(left, [line.row for (name, _), points in curves.items() if name == panel for line in points])
             left.set(title=panel, ylabel="WSR, %", ylim=(-4, 104))
             right.set(title=panel, ylabel="accuracy, %")
             for axes in (left, right):
@@ -148,8 +143,8 @@ def _panels(rows: Sequence[Row], labels: Labels) -> dict[str, list[Row]]:
 
 
 def _attack(row: Row) -> str:
-    name = row.attack or "stolen"
-    return f"{name} → {row.removal}" if row.removal else name
+    name = row.attack or row.origin
+    return f"{name} then {row.removal}" if row.removal else name
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -158,17 +153,17 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _jitter(row: Row) -> float:
     """How far a control is moved, in points: the same for the same row, whatever is drawn beside it."""
-    return JITTER * (zlib.crc32("/".join(row.identity).encode()) / 2**31 - 1) if is_control(row) else 0.0
+    return JITTER * (zlib.crc32("/".join(row.identity[:-1]).encode()) / 2**31 - 1) if is_control(row) else 0.0
 
 
-def _point(axes: Axes, row: Row, looks: dict[str, tuple[str, str]], filtered: bool) -> None:
+def _point(axes: Axes, row: Row, looks: dict[str, tuple[str, str]]) -> None:
     assert row.accuracy is not None
     assert row.wsr is not None
-    colour, marker = looks[_attack(row)] if row.role == "stolen" else (INK, "*")
+    colour, marker = looks.get(_attack(row), (INK, "*"))
     hollow = is_control(row) or row.role == "benign"
     low = row.wsr if row.wsr_low is None else min(row.wsr_low, row.wsr)
     high = row.wsr if row.wsr_high is None else max(row.wsr_high, row.wsr)
-    bars = None if filtered and by_construction(row) else [[100 * (row.wsr - low)], [100 * (high - row.wsr)]]
+    bars = None if row.by_construction else [[100 * (row.wsr - low)], [100 * (high - row.wsr)]]
     face = "none" if hollow else colour
     style: dict[str, Any] = {"color": colour, "markerfacecolor": face, "markersize": 12 if marker == "*" else 7}
     if is_control(row):
@@ -203,12 +198,13 @@ def _curve(
         axes.errorbar(x, y, yerr=[below, above], elinewidth=1, markerfacecolor=face, alpha=alpha, **style)
 
 
-def _threshold(axes: Axes, threshold: float) -> None:
+def _thresholds(axes: Axes, rows: Iterable[Row]) -> None:
     """The line above which a model counts as stolen; its label stands outside the axes, where no point can be."""
-    axes.axhline(100 * threshold, color=INK, linestyle="--", linewidth=1)
-    place = axes.get_yaxis_transform()
-    text = f"threshold\n{100 * threshold:g} %"
-    axes.text(1.01, 100 * threshold, text, transform=place, va="center", fontsize=8)
+    for threshold in thresholds(rows):
+        axes.axhline(100 * threshold, color=INK, linestyle="--", linewidth=1)
+        place = axes.get_yaxis_transform()
+        text = f"threshold\n{100 * threshold:g} %"
+        axes.text(1.01, 100 * threshold, text, transform=place, va="center", fontsize=8)
 
 
 def _handle(look: tuple[str, str], *, label: str, line: Literal["-", ":", ""] = "", hollow: bool = False) -> Line2D:

@@ -1,7 +1,7 @@
 """The report of a run: a table for the terminal, ``table.md``, the plots, and one self-contained HTML page.
 
-It reads nothing but the run directory (``results/``, ``run.json``, ``config.yaml``), so a report can be made again
-anywhere, at any time, also of a run that still goes on.
+It reads nothing but the run directory, so a report can be made again anywhere, at any time, also of a run that still
+goes on. What it says comes from ``results/`` and ``run.json``; ``config.yaml`` is shown as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -22,10 +21,8 @@ from simulator.errors import InputError
 from simulator.records.provenance import RunInfo, read_run_info
 from simulator.records.rows import Row, read_rows
 from simulator.report import page
-from simulator.report.lines import Labels, Line, by_construction, doubts, lines, stat
+from simulator.report.lines import Labels, Line, doubts, lines, stat, thresholds
 from simulator.report.page import NONE, Column, markdown_cell, printable
-
-THRESHOLD = 0.2  #: the WSR above which DeepTracer declares a model stolen, unless the config says otherwise
 
 LEGEND = (
     "WSR: watermark success rate with its 95 % Wilson interval; several seeds: mean ± standard deviation. "
@@ -38,11 +35,8 @@ FILTERED = (
 )
 
 
-def columns(found: Sequence[Line], filtered: bool = True) -> list[Column[Line]]:
-    """The columns that say something about at least one of the lines.
-
-    ``filtered``: a key filter chose the key samples (see :func:`simulator.report.lines.by_construction`).
-    """
+def columns(found: Sequence[Line]) -> list[Column[Line]]:
+    """The columns that say something about at least one of the lines."""
     labels = Labels(found)
     every = [
         Column("dataset", "dataset", lambda line: line.row.dataset if labels.datasets else NONE, text=True),
@@ -55,9 +49,10 @@ def columns(found: Sequence[Line], filtered: bool = True) -> list[Column[Line]]:
         Column("queries", "queries", _queries),
         Column("seeds", "seeds", lambda line: f"seed {line.row.seed}" if line.failed else str(len(line.rows))),
         Column("accuracy", "accuracy %", lambda line: "failed" if line.failed else _rate(line.rows, "accuracy")),
-        Column("wsr", "WSR %", lambda line: _wsr(line.rows, filtered)),
+        Column("test", "test", lambda line: line.row.test if labels.tests else NONE, text=True),
+        Column("wsr", "WSR %", lambda line: _wsr(line.rows)),
         Column("key", "key samples", _key),
-        Column("control", "control WSR %", lambda line: _control(line, filtered)),
+        Column("control", "control WSR %", _control),
         Column("verified", "verified", _verified),
         Column("agreement", "agreement %", lambda line: _rate(line.rows, "agreement")),
         Column("detected_at", "noticed after", _noticed),
@@ -73,7 +68,7 @@ _OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
 
 # What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell, and the
 # size of a key, without which no verdict can be judged, into the watermark's.
-_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "key", "verified", "labels")
+_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "test", "key", "verified", "labels")
 
 
 def _noticed(line: Line) -> str:
@@ -88,14 +83,14 @@ def _noticed(line: Line) -> str:
     return f"{_count(round(statistics.median(times)))}{part}"
 
 
-def render_table(rows: Iterable[Row], *, width: int = 120, filtered: bool = True) -> Table:
-    """The rows as a table at most ``width`` characters wide; ``filtered`` as in :func:`columns`.
+def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
+    """The rows as a table at most ``width`` characters wide.
 
     What does not fit leaves, columns that say the same of every attack first; a note below the table says so.
     """
     found = lines(rows)
-    shown = [column for column in columns(found, filtered) if column.key not in _OF_VICTIMS]
-    legend = _legend(found, filtered)
+    shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
+    legend = _legend(found)
     apart = {column.key for column in shown} - set(_constant(found, shown))
     moved: list[Column[Line]] = []
     constant: list[str] = []
@@ -107,7 +102,7 @@ def render_table(rows: Iterable[Row], *, width: int = 120, filtered: bool = True
             break
         for column in [column for column in shown if column.key == key]:
             shown.remove(column)
-            values = {column.cell(line) for line in found if line.row.role == "stolen"}
+            values = {column.cell(line) for line in found if line.row.origin == "stolen"}
             if len(values) == 1:
                 constant.append(f"{column.heading} {values.pop()}")
             elif key in apart and (column.text or key == "key"):
@@ -117,13 +112,10 @@ def render_table(rows: Iterable[Row], *, width: int = 120, filtered: bool = True
     return table
 
 
-def markdown_table(rows: Iterable[Row], *, filtered: bool = True) -> str:
-    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below.
-
-    ``filtered`` as in :func:`columns`.
-    """
+def markdown_table(rows: Iterable[Row]) -> str:
+    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below."""
     found = lines(rows)
-    text = [*page.markdown_table(columns(found, filtered), found), "", _legend(found, filtered), ""]
+    text = [*page.markdown_table(columns(found), found), "", _legend(found), ""]
     text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
     text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
     return "\n".join(text).rstrip() + "\n"
@@ -140,9 +132,8 @@ def write_report(run_dir: Path) -> Path:
     info, rows = read_run_info(run_dir), read_rows(run_dir)
     if not rows:
         raise InputError(f"{run_dir} holds no results yet: there is nothing to report")
-    found, config = lines(rows), _config(run_dir)
-    threshold, filtered = _threshold(config), _filtered(config)
-    shown = [column for column in columns(found, filtered) if column.key not in _OF_VICTIMS]
+    found = lines(rows)
+    shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
     told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts tell them by the line's name
     alike = [column for column in shown if column.key in _ALIKE and len({column.cell(line) for line in found}) == 1]
     shown = [column for column in shown if column not in alike]
@@ -151,22 +142,21 @@ def write_report(run_dir: Path) -> Path:
         run_dir / "report",
         Path(__file__).parent / "templates" / "report.html",
         info,
-        markdown_table(rows, filtered=filtered),
-        {
-            "wsr_vs_accuracy": plots.wsr_vs_accuracy(found, threshold, filtered=filtered),
-            "budget": plots.budget_curves(found, threshold),
-        },
+        markdown_table(rows),
+        {"wsr_vs_accuracy": plots.wsr_vs_accuracy(found), "budget": plots.budget_curves(found)},
         alarms=[*_alarms(info, found), *(each for each in info.warnings if each not in told), *doubts(found)],
         classes=_classes,
         cell=_page_cell,
         columns=shown,
         before=before,
         after=[column for column in shown if column not in before],
-        sections=[(role, [line for line in found if line.row.role == role]) for role in ("benign", "victim", "stolen")],
+        sections=[
+            (origin, [line for line in found if line.row.origin == origin]) for origin in ("benign", "victim", "stolen")
+        ],
         models=sum(len(line.rows) for line in found if not line.failed),
-        legend=" ".join([_legend(found, filtered), *_said_once(alike, found[0])]),
-        config=config,
-        threshold=f"{100 * threshold:g} %",
+        legend=" ".join([_legend(found), *_said_once(alike, found[0])]),
+        config=_config(run_dir),
+        threshold=" or ".join(f"{100 * threshold:g} %" for threshold in thresholds(rows)) or "the threshold",
     )
 
 
@@ -186,9 +176,9 @@ def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
     return notes
 
 
-def _legend(found: Sequence[Line], filtered: bool) -> str:
+def _legend(found: Sequence[Line]) -> str:
     """With a word on the rates that the key filter makes what they are, where there are such."""
-    made = filtered and any(by_construction(row) for line in found for row in line.rows)
+    made = any(row.by_construction for line in found for row in line.rows)
     return f"{LEGEND} {FILTERED}" if made else LEGEND
 
 
@@ -217,7 +207,7 @@ def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[
         table.add_column(heading, justify=align, max_width=limit, no_wrap=not column.text, overflow="fold")
     for line, following in zip(found, [*found[1:], None], strict=False):  # a run without rows has no line
         cells = [Text(_cell(line, column, moved), style=_style(line, column)) for column in shown]
-        ends = following is None or following.row.role != line.row.role
+        ends = following is None or following.row.origin != line.row.origin
         table.add_row(*cells, style="red" if line.failed else "", end_section=ends)
     return table
 
@@ -282,7 +272,7 @@ def _classes(line: Line, column: Column[Line]) -> str:
 
 
 def _constant(found: Sequence[Line], shown: Sequence[Column[Line]]) -> list[str]:
-    stolen = [line for line in found if line.row.role == "stolen"]
+    stolen = [line for line in found if line.row.origin == "stolen"]
     return [
         column.key
         for column in shown
@@ -299,9 +289,9 @@ def _rate(rows: Sequence[Row], field: str) -> str:
     return f"{100 * value.mean:.1f}" + ("" if value.sd is None else f" ± {100 * value.sd:.1f}")
 
 
-def _wsr(rows: Sequence[Row], filtered: bool) -> str:
+def _wsr(rows: Sequence[Row]) -> str:
     """As :func:`_rate`, ``"45.3 [38.1, 52.7]"`` for one seed, ``"100.0"`` where the filter made it so."""
-    if filtered and all(by_construction(row) for row in rows):
+    if all(row.by_construction for row in rows):
         return f"{100 * (rows[0].wsr or 0):.1f}"
     low, high = rows[0].wsr_low, rows[0].wsr_high
     text = _rate(rows, "wsr")
@@ -314,11 +304,11 @@ def _key(line: Line) -> str:
     return NONE if not sizes else str(sizes[0]) if len({*sizes}) == 1 else f"{min(sizes)}–{max(sizes)}"
 
 
-def _control(line: Line, filtered: bool) -> str:
+def _control(line: Line) -> str:
     if line.good_controls:
         # without the interval: it has its own row in the data, and the column stays readable
         rows = line.good_controls
-        return _wsr(rows, filtered) if filtered and all(map(by_construction, rows)) else _rate(rows, "wsr")
+        return _wsr(rows) if all(row.by_construction for row in rows) else _rate(rows, "wsr")
     return "failed" if line.controls else NONE
 
 
@@ -350,25 +340,3 @@ def _config(run_dir: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{run_dir / 'config.yaml'} cannot be read: {error}") from None
-
-
-def was_filtered(run_dir: Path) -> bool:
-    """Whether a filter chose the key samples of a run."""
-    return _filtered(_config(run_dir))
-
-
-def _filtered(config: str) -> bool:
-    """Whether a filter chose the key samples: unless the config says ``key_filter.stages: none``."""
-    try:
-        return bool(yaml.safe_load(config)["key_filter"]["stages"] != "none")
-    except (yaml.YAMLError, KeyError, TypeError):
-        return True
-
-
-def _threshold(config: str) -> float:
-    """``verification.threshold`` of the config, DeepTracer's 20 % where it says nothing."""
-    try:
-        value = yaml.safe_load(config)["verification"]["threshold"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        return THRESHOLD
-    return float(value) if isinstance(value, float) and 0 < value < 1 else THRESHOLD

@@ -54,7 +54,7 @@ def test_what_is_no_safetensors_file_is_refused(data: bytes, tmp_path: Path) -> 
 
 def test_a_pickled_file_is_never_loaded(tmp_path: Path) -> None:
     torch.save({"images": torch.zeros(2)}, tmp_path / "model.pt")
-    assert "pickled files are never loaded" in refusal(tmp_path / "model.pt")
+    assert "pickles are never loaded" in refusal(tmp_path / "model.pt")
 
 
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:

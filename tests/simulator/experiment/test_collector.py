@@ -117,6 +117,9 @@ def test_the_owners_models(tiny: Setting) -> None:
     assert (again.wsr, again.key_samples) == (0.0, 5)
     assert json.loads(again.watermark_params)["margin"] == json.loads(other.watermark_params)["margin"] == 2.0
     assert {(row.attack, row.labels, row.budget, row.queries) for row in (benign, victim)} == {(None,) * 4}
+    assert (benign.parent, victim.parent, again.parent, other.parent) == (None, benign.scenario_id) * 2
+    for row in (benign, victim, again, other):
+        assert (row.key_filter, row.threshold, row.test) == ("both", 0.2, "wsr")
     assert read_rows(tiny.path) == [benign, again, victim, other]
 
 
@@ -125,7 +128,8 @@ def test_what_a_theft_is_measured_against(tiny: Setting) -> None:
     scenario = tiny.scenario(control=False)
     (row,) = tiny.collector.add_stolen(scenario, theft(30), 30, tiny.plan.keys_for(scenario))
     assert (row.role, row.status, row.error) == ("stolen", "ok", None)
-    assert (row.scenario_id, row.victim) == (scenario.id, scenario.victim.id)
+    assert (row.scenario_id, row.victim, row.parent) == (scenario.id, *[scenario.victim.id] * 2)
+    assert (row.key_filter, row.threshold, row.test) == ("both", 0.2, "wsr")
     assert (row.accuracy, row.agreement, row.wsr, row.verified) == (0.5, 0.7, 0.4, True)
     assert (row.attack, row.labels, row.pool, row.stage) == ("knockoff", "hard", "attacker", 1)
     assert (row.architecture, row.budget, row.queries, row.seed) == ("lenet5", 30, 30, 0)
@@ -138,7 +142,7 @@ def test_a_control_is_measured_with_each_key_and_against_the_benign_model(tiny: 
     tiny.owners()
     scenario = tiny.scenario(control=True)
     rows = tiny.collector.add_stolen(scenario, theft(30), 30, tiny.plan.keys_for(scenario))
-    assert [row.victim for row in rows] == ["benign"] * 2
+    assert [(row.victim, row.parent) for row in rows] == [("benign", tiny.plan.benigns[0].id)] * 2
     assert {row.scenario_id for row in rows} == {scenario.id}
     assert [row.agreement for row in rows] == [0.5] * 2
     assert [(row.wsr, row.key_samples) for row in rows] == [(0.4, 10), (0.0, 5)]
@@ -178,6 +182,7 @@ def test_a_failure_is_a_row_of_one_line_and_success_replaces_it(tiny: Setting) -
     keys = tiny.plan.keys_for(scenario)
     (failed,) = tiny.collector.add_failure(scenario, "out of\nmemory", 12, keys)
     assert (failed.status, failed.error, failed.queries) == ("failed", "out of memory", 12)
+    assert (failed.parent, failed.key_filter, failed.threshold) == (scenario.victim.id, None, 0.2)
     assert failed in read_rows(tiny.path)
     (good,) = tiny.collector.add_stolen(scenario, theft(30), 30, keys)
     assert good.identity == failed.identity
@@ -211,6 +216,7 @@ def test_what_the_owner_is_warned_of(
     assert benign.warning is None
     assert (victim.warning is None) == (not words)
     assert all(word in str(victim.warning) for word in words)
+    assert {benign.key_filter, victim.key_filter} == {note if note == "both" else f"both: {note}"}
 
 
 def test_a_key_of_which_the_filter_left_too_little_is_warned_of(tiny: Setting) -> None:
@@ -242,4 +248,5 @@ def test_benign_clients_that_share_most_of_their_images_are_warned_of(
 @pytest.mark.parametrize(("threshold", "verified"), [(0.39, True), (0.4, False)])
 def test_the_threshold_is_the_configurations(tmp_path: Path, threshold: float, verified: bool) -> None:
     tiny = setting(tmp_path, verification={"threshold": threshold})
-    assert tiny.owners()[1].verified is verified
+    victim = tiny.owners()[1]
+    assert (victim.threshold, victim.verified) == (threshold, verified)

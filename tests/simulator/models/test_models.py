@@ -302,8 +302,8 @@ def spec(**change: object) -> dict[str, object]:
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a safetensors file"),
     "text": (b"no model at all, but some text", "not a safetensors file"),
-    "pickle": (b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}.", "pickled models are never loaded"),
-    "torch.save": (b"PK\x03\x04" + bytes(100), "not a safetensors file; pickled models are never loaded"),
+    "pickle": (b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}.", "pickles are never loaded"),
+    "torch.save": (b"PK\x03\x04" + bytes(100), "not a safetensors file.*pickles are never loaded"),
     "truncated": (rewritten()[:-7], "damaged"),
     "no metadata": (save_tensors({"head.weight": torch.zeros(2)}), "'exsim' is missing"),
     "not JSON": (save_tensors({"head.weight": torch.zeros(2)}, {"exsim": "{"}), "no model of this program"),
@@ -336,7 +336,7 @@ def test_load_refuses(case: str, tmp_path: Path) -> None:
 def test_load_refuses_what_torch_saved(tmp_path: Path) -> None:
     for name, options in (("new.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
         torch.save(made("linear").state_dict(), tmp_path / name, **options)
-        refused(lambda path=tmp_path / name: load_model(path), "pickled models are never loaded")  # type: ignore[misc]
+        refused(lambda path=tmp_path / name: load_model(path), "pickles are never loaded")  # type: ignore[misc]
 
 
 @given(st.integers(0, 2000), st.binary(min_size=1, max_size=4))
@@ -350,8 +350,8 @@ def test_a_damaged_file_is_refused_or_still_a_model(position: int, junk: bytes) 
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    refused(lambda: load_model(tmp_path / "nothing.safetensors"), "nothing.safetensors: cannot be read: No such file")
-    refused(lambda: load_model(tmp_path), "cannot be read: Is a directory")
+    refused(lambda: load_model(tmp_path / "nothing.safetensors"), "nothing.safetensors: no such file; wanted a model")
+    refused(lambda: load_model(tmp_path), "is a directory; wanted a model")
     (tmp_path / "file").touch()
     refused(lambda: save_model(made("linear"), tmp_path / "file" / "model"), "cannot be written")
 

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
+from simulator.component import BENIGN
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import BENIGN, Plan, Scenario, make_plan, short_hash
+from simulator.plan.subjects import Plan, Scenario, make_plan, short_hash
 from simulator.service.ledger import Terms, hash_token
 
 MARK = {"name": "deeptracer", "margin": 2.0}

@@ -24,8 +24,10 @@ def found(client: str, at: int | None, detector: Detector = STRICT) -> Detection
     return Detection(client, detector, 100, at, 0.5)
 
 
-def test_the_columns_are_the_fields() -> None:
+def test_the_columns() -> None:
     assert SCHEMA.names == list(ClientRecord.model_fields)
+    optional = {column.name: str(column.type) for column in SCHEMA if column.nullable}
+    assert optional == {"attack": "string", "detected_at": "int64", "statistic": "double"}
 
 
 def test_the_first_alarm_counts_and_a_client_is_noticed_once() -> None:

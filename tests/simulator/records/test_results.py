@@ -1,5 +1,7 @@
+import hashlib
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Annotated, Literal
 
 import duckdb
 import pandas as pd
@@ -8,22 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
+from simulator.component import Settings
 from simulator.errors import InputError
+from simulator.records.parquet import arrow_schema
 from simulator.records.provenance import collect_provenance, read_run_info, write_run_info
-from simulator.records.rows import (
-    CURVE_SCHEMA,
-    SCHEMA,
-    CurvePoint,
-    Row,
-    read_curves,
-    read_rows,
-    sorted_rows,
-    table,
-    write_curve,
-    write_row,
-)
+from simulator.records.rows import ADDED, SCHEMA, Row, read_rows, sorted_rows, write_row
 
 BASE = {
     "scenario_id": "s1",
@@ -41,9 +34,36 @@ def row(**changes: object) -> Row:
     return Row.model_validate(BASE | changes)
 
 
-def test_every_column_is_a_field_in_the_same_order() -> None:
+class Every(Settings):
+    """A field of every kind that a record may have."""
+
+    text: str
+    named: Annotated[str, Field(max_length=9)] | None = None
+    chosen: Literal["a", "b"] = "a"
+    count: Annotated[int, Field(ge=0)] | None
+    small: Annotated[int, Field(ge=0, lt=2**31)]
+    smaller: Annotated[int, Field(lt=100)] | None
+    rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    sure: bool | None = None
+    when: AwareDatetime
+
+
+def test_the_columns_follow_from_the_fields() -> None:
+    columns = [
+        *[("text", pa.string(), False), ("named", pa.string(), True), ("chosen", pa.string(), False)],
+        *[("count", pa.int64(), True), ("small", pa.int32(), False), ("smaller", pa.int32(), True)],
+        *[("rate", pa.float64(), True), ("sure", pa.bool_(), True), ("when", pa.timestamp("us", tz="UTC"), False)],
+    ]
+    assert arrow_schema(Every).equals(pa.schema([pa.field(name, kind, nullable) for name, kind, nullable in columns]))
+
+
+def test_the_columns_of_a_row() -> None:
     assert SCHEMA.names == list(Row.model_fields)
-    assert CURVE_SCHEMA.names == list(CurvePoint.model_fields)
+    assert [column.name for column in SCHEMA if not column.nullable] == [
+        *("scenario_id", "role", "victim", "dataset", "watermark", "watermark_params", "architecture", "seed", "test"),
+        "status",
+    ]
+    assert {column.name for column in SCHEMA if column.type == pa.int32()} == {"stage", "accounts", "key_samples"}
 
 
 def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -51,15 +71,20 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
     full = row(
         **{"attack": "knockoff", "attack_params": '{"strategy": "random"}', "labels": "soft", "pool": "attacker"},
         **{
+            "role": "removed",
+            "parent": "s0",
             "stage": 1,
-            "removal": "fine-tuning",
-            "removal_params": "{}",
+            "removal": "fine-tuning+pruning",
+            "removal_params": "[{}, {}]",
             "budget": 5000,
             "accounts": 2,
             "queries": 4999,
         },
         **{"accuracy": 0.9, "wsr": 0.5, "wsr_low": 0.4, "wsr_high": 0.6, "key_samples": 100, "agreement": 0.8},
         **{
+            "key_filter": "both",
+            "threshold": 0.2,
+            "test": "another",
             "p_value": 1e-300,
             "verified": True,
             "seconds": 1.5,
@@ -95,6 +120,9 @@ def test_values_survive_exactly(
         {"watermark_params": "3"},
         {"scenario_id": "../escape"},
         {"role": "benign"},
+        {"role": "removed"},
+        {"removal": "pruning"},
+        {"test": None},
         {"status": "failed"},
         {"error": "but it is ok"},
         {"started": datetime(2026, 1, 1)},  # noqa: DTZ001
@@ -148,19 +176,32 @@ def test_order_does_not_depend_on_the_writing() -> None:
     assert sorted_rows(reversed(rows)) == rows
 
 
+def test_a_removal_stands_below_what_it_was_made_from() -> None:
+    rows = [
+        row(role="victim"),
+        row(role="removed", removal="pruning"),
+        row(attack="knockoff", budget=500),
+        row(role="removed", attack="knockoff", budget=500, removal="pruning", removal_params='{"ratio": 0.2}'),
+        row(role="removed", attack="knockoff", budget=500, removal="pruning", removal_params='{"ratio": 0.4}'),
+        row(attack="knockoff", budget=1000),
+        row(role="removed", attack="knockoff", budget=1000, removal="fine_tuning"),
+    ]
+    assert [each.origin for each in rows] == ["victim"] * 2 + ["stolen"] * 5
+    assert sorted_rows(reversed(rows)) == rows
+
+
 def test_metadata_and_other_readers(tmp_path: Path) -> None:
     path = write_row(tmp_path, row(accuracy=0.25), '{"name": "x"}')
     write_row(tmp_path, row(scenario_id="s2", accuracy=0.75), '{"name": "x"}')
     metadata = pq.read_metadata(path).metadata
-    assert metadata[b"exsim.schema_version"] == b"2"
+    assert metadata[b"exsim.schema_version"] == b"3"
     assert metadata[b"exsim.config"] == b'{"name": "x"}'
     parts = tmp_path / "results"
     mean = duckdb.sql(f"SELECT avg(accuracy) FROM '{parts}/*.parquet'")
     assert mean is not None
     assert mean.fetchall() == [(0.5,)]
     assert pd.read_parquet(parts)["accuracy"].mean() == 0.5
-    assert table(tmp_path).schema == SCHEMA
-    assert table(tmp_path)["accuracy"].to_pylist() == [0.25, 0.75]
+    assert pq.read_table(path).schema.equals(SCHEMA)
 
 
 def test_a_run_folder_with_an_equals_sign_reads(tmp_path: Path) -> None:
@@ -184,9 +225,11 @@ def test_a_corrupt_part_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "match"),
     [
-        (SCHEMA.with_metadata({"exsim.schema_version": "1"}), "schema version 1.*reads version 2"),
+        (SCHEMA.with_metadata({"exsim.schema_version": "1"}), "schema version 1.*reads versions 2 and 3"),
+        (SCHEMA.with_metadata({"exsim.schema_version": "4"}), "schema version 4.*reads versions 2 and 3"),
+        (SCHEMA.with_metadata({"exsim.schema_version": "2"}), "does not have the columns of schema version 2"),
         (SCHEMA, "schema version none"),
-        (SCHEMA.remove(0).with_metadata({"exsim.schema_version": "2"}), "does not have the columns"),
+        (SCHEMA.remove(0).with_metadata({"exsim.schema_version": "3"}), "does not have the columns"),
     ],
 )
 def test_a_part_of_another_schema_is_refused(tmp_path: Path, schema: pa.Schema, match: str) -> None:
@@ -195,6 +238,84 @@ def test_a_part_of_another_schema_is_refused(tmp_path: Path, schema: pa.Schema, 
     with pytest.raises(InputError, match=match) as error:
         read_rows(tmp_path)
     one_line(error)
+
+
+#: the columns of ``results/*.parquet`` of schema version 2, as it stood written out
+TEXTS_2 = "scenario_id role victim dataset watermark watermark_params architecture"
+VERSION_2 = [
+    *((name, pa.string()) for name in f"{TEXTS_2} attack attack_params labels pool".split()),
+    *[("stage", pa.int32()), ("removal", pa.string()), ("removal_params", pa.string()), ("seed", pa.int64())],
+    *[("budget", pa.int64()), ("accounts", pa.int32()), ("queries", pa.int64()), ("accuracy", pa.float64())],
+    *[("wsr", pa.float64()), ("wsr_low", pa.float64()), ("wsr_high", pa.float64()), ("key_samples", pa.int32())],
+    *[("agreement", pa.float64()), ("p_value", pa.float64()), ("verified", pa.bool_()), ("seconds", pa.float64())],
+    *[("false_trigger", pa.float64()), ("detectors", pa.string()), ("detected_at", pa.int64())],
+    *[("false_alarms", pa.float64()), ("warning", pa.string()), ("status", pa.string()), ("error", pa.string())],
+    *[("started", pa.timestamp("us", tz="UTC")), ("finished", pa.timestamp("us", tz="UTC"))],
+]
+CONFIG_2 = '{"key_filter": {"stages": "first"}, "verification": {"threshold": 0.3}}'
+
+
+def write_version_2(folder: Path, written: Row, config_json: str = CONFIG_2) -> Path:
+    """Writes a row as schema version 2 had it, under the name of then."""
+    required = {*TEXTS_2.split(), "seed", "status"}
+    schema = pa.schema([pa.field(name, kind, name not in required) for name, kind in VERSION_2])
+    identity = (written.scenario_id, written.role, written.watermark, written.victim, written.watermark_params)
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:10]
+    path = folder / "results" / f"part-{written.scenario_id}-{digest}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    metadata = {"exsim.schema_version": "2", "exsim.config": config_json}
+    with pq.ParquetWriter(path, schema, store_schema=False) as writer:
+        writer.add_key_value_metadata(metadata)
+        writer.write_table(pa.Table.from_pylist([written.model_dump(exclude=set(ADDED))], schema=schema))
+    return path
+
+
+def test_a_row_of_version_2_is_read_and_gets_what_it_lacks_from_the_config(tmp_path: Path) -> None:
+    old = row(attack="knockoff", wsr=0.25, key_samples=8, verified=False, accounts=1, started=datetime.now(UTC))
+    failed = row(scenario_id="s2", attack="knockoff", status="failed", error="no room")
+    for each in (old, failed):
+        write_version_2(tmp_path, each)
+    lacked = {"parent": None, "key_filter": "first", "threshold": 0.3, "test": "wsr"}
+    upgraded = [old.model_copy(update=lacked), failed.model_copy(update=lacked | {"key_filter": None})]
+    assert read_rows(tmp_path) == upgraded
+    # a run that is resumed replaces its failed row of then, and the new rows stand beside the old ones
+    good = failed.model_copy(update={"status": "ok", "error": None, "parent": "v", "threshold": 0.3})
+    write_row(tmp_path, good, "{}")
+    assert read_rows(tmp_path) == [upgraded[0], good]
+
+
+@pytest.mark.parametrize("config_json", ["", "[]", "{}", '{"key_filter": {"stages": "both"}}'])
+def test_a_row_of_version_2_without_its_config_is_refused(tmp_path: Path, config_json: str) -> None:
+    path = write_version_2(tmp_path, row(key_samples=8), config_json)
+    with pytest.raises(InputError, match="hold no config") as error:
+        read_rows(tmp_path)
+    assert str(path) in one_line(error)
+
+
+def test_the_same_model_and_key_in_two_tests_are_two_rows(tmp_path: Path) -> None:
+    rows = [row(test="another"), row()]
+    for each in rows:
+        write_row(tmp_path, each, "{}")
+    assert read_rows(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "made"),
+    [
+        ({"role": "victim", "wsr": 1.0, "key_filter": "both"}, True),
+        ({"role": "victim", "wsr": 1.0, "key_filter": "first: surrogate never triggered"}, True),
+        ({"role": "victim", "wsr": 1.0, "key_filter": "both: nothing passed the filter"}, False),
+        ({"role": "victim", "wsr": 1.0, "key_filter": "none"}, False),
+        ({"role": "victim", "wsr": 1.0}, False),
+        ({"role": "victim", "wsr": 0.0, "key_filter": "both"}, False),
+        ({"role": "benign", "victim": "benign", "wsr": 0.0, "key_filter": "both"}, True),
+        ({"role": "benign", "victim": "benign", "wsr": 1.0, "key_filter": "both"}, False),
+        ({"role": "stolen", "wsr": 1.0, "key_filter": "both"}, False),
+        ({"role": "removed", "removal": "pruning", "wsr": 1.0, "key_filter": "both"}, False),
+    ],
+)
+def test_what_the_key_filter_makes_so(changes: dict[str, object], made: bool) -> None:
+    assert row(**changes).by_construction is made
 
 
 def test_a_value_out_of_range_in_a_part_is_refused(tmp_path: Path) -> None:
@@ -232,15 +353,6 @@ def test_a_writer_that_dies_leaves_the_old_row(tmp_path: Path, monkeypatch: pyte
         write_row(tmp_path, row(accuracy=0.9), "{}")
     assert [found.accuracy for found in read_rows(tmp_path)] == [0.5]
     assert len(list((tmp_path / "results").iterdir())) == 1
-
-
-def test_curves_round_trip(tmp_path: Path) -> None:
-    points = [CurvePoint(scenario_id="s1", queries=n, accuracy=n / 10) for n in (1, 2)]
-    write_curve(tmp_path, points[:1], "{}")
-    write_curve(tmp_path, points[::-1], "{}")
-    assert read_curves(tmp_path) == points
-    with pytest.raises(ValueError, match="one scenario"):
-        write_curve(tmp_path, [], "{}")
 
 
 def test_provenance_round_trip(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ THEFT = {
     "pool": "attacker",
     "stage": 1,
 }
-CONFIG = "name: test\nverification:\n  threshold: 0.3\n"
+CONFIG = "name: test\n"
 
 
 def row(role: str, victim: str, seed: int = 0, **changes: object) -> Row:
@@ -31,13 +31,18 @@ def row(role: str, victim: str, seed: int = 0, **changes: object) -> Row:
         "watermark_params": "{}",
         "architecture": "lenet5",
     }
-    if role == "stolen":
+    if role in ("stolen", "removed"):
         setting |= THEFT | {"budget": 1000, "queries": 1000}
-    values = setting | {"role": role, "victim": victim, "seed": seed, "accuracy": 0.8, "wsr": 0.5} | changes
+    values = setting | {"role": role, "victim": victim, "seed": seed, "accuracy": 0.8, "wsr": 0.5, "threshold": 0.3}
+    values |= {"key_filter": "both"} | changes
     if values.get("status") == "failed":
         values |= {"accuracy": None, "wsr": None}
     known = "-".join(str(values.get(key)) for key in ("attack", "labels", "pool", "budget", "architecture", "removal"))
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{role}-{victim}-{seed}-{known}-{values.get('attack_params')}")
+    name = re.sub(
+        r"[^A-Za-z0-9]+",
+        "-",
+        f"{role}-{victim}-{seed}-{known}-{values.get('attack_params')}{values.get('removal_params')}",
+    )
     return Row.model_validate({"scenario_id": name, **values})
 
 
@@ -112,8 +117,9 @@ def test_one_seed_shows_its_wilson_interval() -> None:
         {"watermark": "ewe"},
         {"watermark_params": '{"margin": 3}'},
         {"attack_params": '{"strategy": "adaptive"}'},
-        {"removal": "pruning"},
+        {"role": "removed", "removal": "pruning"},
         {"stage": 2},
+        {"test": "another"},
     ],
     ids=str,
 )
@@ -255,15 +261,23 @@ def test_the_report_is_the_same_when_made_again(tmp_path: Path) -> None:
     assert set(first) == {"index.html", "table.md", "wsr_vs_accuracy.svg", "budget.svg"}
 
 
-def test_the_threshold_of_the_config_is_told(tmp_path: Path) -> None:
-    assert "above\n30 % the copy" in write_report(write_run(tmp_path, run_rows())).read_text()
-    (tmp_path / "config.yaml").unlink()
-    assert "above\n20 % the copy" in write_report(tmp_path).read_text()
+@pytest.mark.parametrize(
+    ("thresholds", "told"), [((0.3, 0.3), "30 %"), ((0.3, 0.2), "20 % or 30 %"), ((None, None), "the threshold")]
+)
+def test_the_threshold_of_the_rows_is_told(
+    tmp_path: Path, thresholds: tuple[float | None, float | None], told: str
+) -> None:
+    rows = [row("victim", f"v{seed}", seed, threshold=each) for seed, each in enumerate(thresholds)]
+    page = write_report(write_run(tmp_path, rows)).read_text()
+    assert f"above\n{told} the copy" in page
+    drawn = (tmp_path / "report" / "wsr_vs_accuracy.svg").read_text()
+    assert {f"<!-- {100 * each:g} % -->" in drawn for each in thresholds if each} <= {True}
+    assert drawn.count("<!-- threshold -->") == len({*thresholds} - {None})
 
 
 def test_no_budget_plot_of_a_single_budget(tmp_path: Path) -> None:
     found = [each for each in run_rows() if each.budget != 5000]
-    assert plots.budget_curves(lines(found), 0.2) is None
+    assert plots.budget_curves(lines(found)) is None
     write_report(write_run(tmp_path, found))
     assert not (tmp_path / "report" / "budget.svg").exists()
 
@@ -320,8 +334,7 @@ def test_what_the_filter_makes_so_has_no_interval_and_the_legend_says_it() -> No
 
 @pytest.mark.parametrize(("stages", "made"), [("both", True), ("first", True), ("none", False)])
 def test_without_a_filter_owners_have_their_intervals(tmp_path: Path, stages: str, made: bool) -> None:
-    config = f"{CONFIG}key_filter:\n  stages: {stages}\n"
-    html = write_report(write_run(tmp_path, owners(), config=config)).read_text()
+    html = write_report(write_run(tmp_path, owners(key_filter=stages))).read_text()
     assert ("by construction" in html) == made
     assert html.count(">[85.0, 100.0]<") == (1 if made else 2)
     table = (tmp_path / "report" / "table.md").read_text()
@@ -368,3 +381,76 @@ def test_controls_do_not_cover_each_other_and_nothing_else_is_moved() -> None:
     assert all(abs(each) <= plots.JITTER for each in moved)
     assert moved == [plots._jitter(each) for each in controls]
     assert {plots._jitter(each) for each in owners()[:3]} == {0.0}
+
+
+def washed(victim: str, ratio: float, seed: int = 0, **changes: object) -> Row:
+    """A copy after pruning."""
+    about = {"removal": "pruning", "removal_params": f'{{"ratio": {ratio}}}'}
+    return row("removed", victim, seed, **about, **changes)
+
+
+def removals() -> list[Row]:
+    """A theft, two removals of it, and of each the control."""
+    rows = [row("victim", "v0", wsr=1.0), row("benign", "benign", wsr=0.0)]
+    rows += [row("stolen", "v0", wsr=0.9), row("stolen", "benign", wsr=0.01)]
+    for ratio, wsr, control in ((0.2, 0.6, 0.02), (0.4, 0.4, 0.03)):
+        rows += [washed("v0", ratio, wsr=wsr), washed("benign", ratio, wsr=control)]
+    return rows
+
+
+def test_a_removal_stands_below_its_copy_with_a_control_of_its_own(tmp_path: Path) -> None:
+    rows = [*removals(), row("stolen", "v0", budget=5000), row("stolen", "benign", budget=5000)]
+    found = [line for line in lines(rows) if line.row.origin == "stolen"]
+    labels = Labels(found)
+    names = ["knockoff", "knockoff then pruning(ratio=0.2)", "knockoff then pruning(ratio=0.4)", "knockoff"]
+    assert [labels.attack(line.row) for line in found] == names
+    assert [[control.wsr for control in line.controls] for line in found] == [[0.01], [0.02], [0.03], [0.5]]
+    html = write_report(write_run(tmp_path, rows)).read_text()
+    table = (tmp_path / "report" / "table.md").read_text()
+    drawn = (tmp_path / "report" / "wsr_vs_accuracy.svg").read_text()
+    assert all("knockoff then pruning" in shown for shown in (html, table, drawn))
+    assert "pruning(ratio=0.4)" in text(rows, 100)
+    assert "| knockoff then pruning(ratio=0.4) |" in table
+    assert "| 40.0 | 3.0 |" in table
+    assert html.count("<tbody>") == 3
+    assert not any("no control" in note for note in doubts(found))
+
+
+def test_a_removal_without_its_control_or_with_one_that_is_verified_is_a_doubt() -> None:
+    rows = [row("stolen", "v0"), row("stolen", "benign"), washed("v0", 0.4)]
+    assert any("then pruning, soft, 1000 queries has no control" in note for note in doubts(lines(rows)))
+    accused = doubts(lines([*rows, washed("benign", 0.4, verified=True)]))
+    assert [note.partition(":")[0] for note in accused] == ["false claim"]
+    assert "knockoff then pruning" in accused[0]
+
+
+def test_a_removal_of_the_victim_itself_stands_below_it() -> None:
+    own = {"attack": None, "attack_params": None, "labels": None, "pool": None, "stage": None, "budget": None}
+    rows = [*removals(), washed("v0", 0.2, wsr=0.7, **own), washed("benign", 0.2, wsr=0.1, **own)]
+    found = lines(rows)
+    assert [line.row.role for line in found] == ["benign", "victim", "removed", "stolen", "removed", "removed"]
+    assert [Labels(found).attack(line.row) for line in found][2] == "victim then pruning(ratio=0.2)"
+    assert [control.wsr for control in found[2].controls] == [0.1]
+
+
+def test_removals_one_after_the_other_are_named_together() -> None:
+    both = [
+        row("removed", "v0", removal="pruning+fine_tuning", removal_params=f'[{{"ratio": {ratio}}}, {{"epochs": 1}}]')
+        for ratio in (0.2, 0.4)
+    ]
+    assert Labels([Line((each,)) for each in both]).attack(both[1]) == (
+        "knockoff then pruning+fine_tuning(stage1.ratio=0.4)"
+    )
+
+
+def test_two_ownership_tests_of_one_model_are_two_lines() -> None:
+    rows = [row(role, victim, test=test) for role, victim in (("stolen", "v0"), ("stolen", "benign")) for test in "ab"]
+    found = lines(rows)
+    assert [(line.row.test, [control.test for control in line.controls]) for line in found] == [
+        ("a", ["a"]),
+        ("b", ["b"]),
+    ]
+    heading, _, first, *_ = markdown_table(rows).splitlines()
+    assert "| test |" in heading
+    assert "| a |" in first
+    assert "| test |" not in markdown_table(rows[:1])
