@@ -133,7 +133,7 @@ class Registry(Generic[C]):
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        for entry in _installed(f"exsim.{self.kind}s", tuple(sys.path)):
+        for entry in _installed(f"exsim.{self.kind.replace(' ', '_')}s", tuple(sys.path)):
             entry.load()
         found: dict[str, type[C]] = {}
         queue = list(self.base.__subclasses__())

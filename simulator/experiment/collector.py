@@ -11,17 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from simulator.analysis.agreement import accuracy, agreement
+from simulator.context import Context
 from simulator.data.dataset import Images
 from simulator.detectors.base import Detection, first_noticed
 from simulator.detectors.clients import alarm_rate, watch_clients
 from simulator.experiment.theft import Theft
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.ownership.wsr import small_key, verify
+from simulator.ownership.wsr import small_key
 from simulator.plan.config import RunConfig, StageConfig
 from simulator.plan.subjects import BENIGN, OwnerModel, Scenario
 from simulator.records.detections import Source, detectors_json, write_detections
 from simulator.records.rows import Row, write_row
+from simulator.seeding import generator_for
+from simulator.service.oracle import ModelOracle
 from simulator.training.predict import predict_labels
 
 
@@ -186,9 +189,11 @@ class Collector:
         }
 
     def _verdict_columns(self, model: Classifier, of: OwnerModel) -> dict[str, Any]:
-        result = verify(model, self._keys[of.id], self._config.verification)
+        key = self._keys[of.id].evidence()
+        suspect = ModelOracle(model, labels="hard", classes=key.classes, shape=key.shape, budget=len(key))
+        result = self._config.ownership_test.judge(suspect, key, Context(generator_for("judge", of.id)))
         return {
-            "wsr": result.wsr,
+            "wsr": result.statistic,
             "wsr_low": result.low,
             "wsr_high": result.high,
             "key_samples": result.samples,
