@@ -132,7 +132,7 @@ def _load_filtered(path: Path) -> Evidence:
     victim = evidence.info.get("victim")
     if isinstance(victim, str) and "filter" not in evidence.info:
         raise InputError(
-            f"{path}: holds triggers of {victim} for pools, and no key: they were not filtered, and prove "
-            f"nothing; its key is {victim}.safetensors"
+            f"{path}: holds triggers of {victim[:100]} for pools, and no key: they were not filtered, and prove "
+            f"nothing; its key is {victim[:100]}.safetensors"
         )
     return evidence
