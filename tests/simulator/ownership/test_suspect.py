@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 
 from simulator.cli import main
@@ -27,8 +28,8 @@ from simulator.training.predict import predict_labels
 MODEL = build("linear", channels=1, size=8, classes=4, generator=generator_for("suspect")).eval()
 IMAGES = torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator_for("images"))
 INFO = {"shape": [1, 8, 8], "classes": 4, "labels": "soft", "max_batch": 9, "max_bytes": 9999}
-#: deeper than Python's JSON reader goes, and so deep that it goes there and what writes its value does not
-DEEP = [f"{'[' * depth}{']' * depth}" for depth in (100_000, *range(900, 1000, 8))]
+#: deeper than Python's JSON reader goes, and about as deep
+DEEP = [f"{'[' * depth}{']' * depth}" for depth in (100_000, *range(800, 1000, 20))]
 
 
 class Peer(ThreadingHTTPServer):
@@ -141,12 +142,29 @@ def test_deep_answers_are_no_verdict(peer: Peer, files: Path, capsys: Any) -> No
     assert "nested too deeply" in refused(door, capsys)
 
 
+@pytest.mark.parametrize("field", [None, "0", "0.0", "0.a", "0.0.a"])
+def test_a_value_deeper_than_can_be_written_is_no_verdict(field: str | None) -> None:
+    """How deep a reader and a writer go differs between releases of Python: here is a value that was read."""
+
+    class Deep(HttpClient):
+        def send(self, method: str, path: str, **request: Any) -> Any:
+            value: list[Any] = [1, 2]
+            for _ in range(100_000):
+                value = [value, 0]
+            return value
+
+    suspect = HttpOracle(Deep("http://deep"), classes=4, shape=(1, 8, 8), budget=1, answer_field=field)
+    with pytest.raises(InputError, match="nested too deeply"):
+        suspect.query(IMAGES[:1])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("status", [200, 302, 500])
 def test_a_huge_answer_is_not_read_to_its_end(
     peer: Peer, files: Path, packed: bool, status: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(http, "LARGEST_REPLY", 100_000)
+    monkeypatch.setattr(requests.Response, "content", property(lambda _: pytest.fail("the whole body was read")))
     peer.status, huge = status, b"[" + b" " * 1_000_000 + b"]"
     peer.answer = gzip.compress(huge) if packed else huge
     peer.headers = {"Content-Encoding": "gzip"} if packed else {}
