@@ -18,8 +18,10 @@ from pathlib import Path
 
 from simulator.errors import InputError
 from simulator.models import load_model
+from simulator.ownership.base import Verdict
 from simulator.ownership.key import load_key
-from simulator.ownership.wsr import DOUBTFUL, Verdict, Verification, chance_verdict, verify
+from simulator.ownership.suspect import verify_model
+from simulator.ownership.wsr import DOUBTFUL, Verification, chance_verdict
 from simulator.plan.config import read_config
 from simulator.records.provenance import RunInfo, read_run_info
 from simulator.records.rows import Row, read_rows
@@ -53,7 +55,7 @@ def measure(run_dir: Path) -> list[Claim]:
     Raises:
         InputError: no run, a file that is missing, or a run of one seed.
     """
-    rule = read_config(str(run_dir / "config.yaml")).verification
+    rule = read_config(str(run_dir / "config.yaml")).ownership_test
     rows = [row for row in read_rows(run_dir) if row.status == "ok"]
     labels = Labels(lines(rows))
     victims = [row for row in rows if row.role == "victim"]
@@ -67,9 +69,9 @@ def measure(run_dir: Path) -> list[Claim]:
         for name, benign in benigns.items():
             if not _others(victim, benign):
                 continue
-            before = None if unfiltered is None else verify(models[name], unfiltered, rule).wsr
+            before = None if unfiltered is None else verify_model(models[name], unfiltered, rule).statistic
             chance = chance_verdict(len(key), key.classes, rule)
-            verdict = verify(models[name], key, rule)
+            verdict = verify_model(models[name], key, rule)
             found.append(Claim(labels.watermark(victim), victim.seed, benign.seed, verdict, before, chance))
     if not found:
         raise InputError(f"{run_dir}: no victim has a benign model of another seed; a run of several seeds is needed")
@@ -92,7 +94,7 @@ class Scheme:
     @property
     def worst(self) -> Claim:
         """The claim of the highest WSR."""
-        return max(self.claims, key=lambda claim: claim.found.wsr)
+        return max(self.claims, key=lambda claim: claim.found.statistic)
 
     @property
     def verified(self) -> int:
@@ -106,7 +108,7 @@ def schemes(claims: Iterable[Claim]) -> list[Scheme]:
     for claim in claims:
         groups.setdefault(claim.scheme, []).append(claim)
     found = [Scheme(name, tuple(group)) for name, group in groups.items()]
-    return sorted(found, key=lambda each: (-each.worst.found.wsr, each.name))
+    return sorted(found, key=lambda each: (-each.worst.found.statistic, each.name))
 
 
 def _percent(values: Iterable[float | None]) -> str:
@@ -126,8 +128,8 @@ COLUMNS: list[Column[Scheme]] = [
     Column("scheme", "scheme", lambda each: each.name, text=True),
     Column("samples", "key samples, by seed", _sizes),
     Column("before", "before the filter: WSR, mean", lambda each: _percent(claim.before for claim in each.claims)),
-    Column("mean", "WSR, mean", lambda each: _percent(claim.found.wsr for claim in each.claims)),
-    Column("max", "WSR, max", lambda each: _percent([each.worst.found.wsr])),
+    Column("mean", "WSR, mean", lambda each: _percent(claim.found.statistic for claim in each.claims)),
+    Column("max", "WSR, max", lambda each: _percent([each.worst.found.statistic])),
     Column("samples of max", "on samples", lambda each: str(each.worst.found.samples)),
     Column("p", "its p-value", lambda each: _p_value(each.worst.found.p_value)),
     Column("verified", "verified", lambda each: f"{each.verified} of {len(each.claims)}"),
@@ -155,7 +157,7 @@ def page(info: RunInfo, claims: Sequence[Claim], rule: Verification, name: str) 
     parts += [
         "\n".join(
             f"- {each.scheme}, key of seed {each.seed}, benign model of seed {each.other}: "
-            f"{100 * each.found.wsr:.1f} of {each.found.samples} samples, p = {_p_value(each.found.p_value)}"
+            f"{100 * each.found.statistic:.1f} of {each.found.samples} samples, p = {_p_value(each.found.p_value)}"
             for each in accused
         )
     ]

@@ -20,7 +20,8 @@ from typing import Any
 from simulator.errors import InputError
 from simulator.models import load_model
 from simulator.ownership.key import load_key
-from simulator.ownership.wsr import Verification, verify
+from simulator.ownership.suspect import verify_model
+from simulator.ownership.wsr import Wsr
 from simulator.records.provenance import read_run_info
 from simulator.records.rows import Row, read_rows
 from simulator.report.lines import Labels, is_control, lines, stat
@@ -103,7 +104,7 @@ def measure(run_dir: Path) -> list[Measured]:
         if not model.exists():  # a point of a budget curve
             continue
         if candidates.exists():
-            found.append(Measured(row, verify(load_model(model)[0], load_key(candidates), Verification()).wsr))
+            found.append(Measured(row, verify_model(load_model(model)[0], load_key(candidates), Wsr()).statistic))
         else:
             found.append(Measured(row, row.wsr))
     return found

@@ -45,14 +45,14 @@ def two_seeds(tiny_run: Path, tmp_path: Path) -> Path:
 def test_a_key_is_asked_of_the_other_seeds_alone(two_seeds: Path) -> None:
     (found,) = measure(two_seeds)
     assert (found.seed, found.other) == (0, 1)
-    assert found.found.wsr == 0, "what this model answers was filtered out of the key"
+    assert found.found.statistic == 0, "what this model answers was filtered out of the key"
     (victim,) = (row for row in read_rows(two_seeds) if row.role == "victim")
     path = two_seeds / "keys" / f"{victim.victim}.safetensors"
     key = load_key(path)
     model = load_model(two_seeds / "models" / "benign-other.safetensors")[0]
     save_key(KeySamples(key.images, predict_labels(model, key.images), key.classes), path)
     (accused,) = measure(two_seeds)
-    assert (accused.found.wsr, accused.found.verified) == (1, True)
+    assert (accused.found.statistic, accused.found.verified) == (1, True)
 
 
 def test_the_page_says_where_it_comes_from_and_whom_it_accuses(

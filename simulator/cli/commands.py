@@ -12,11 +12,9 @@ import click
 
 from simulator import __version__
 from simulator.cli import terminal
-from simulator.errors import InputError, RunFailed
+from simulator.errors import InputError, RunFailed, one_line
 
 if TYPE_CHECKING:
-    from simulator.ownership.sequential import SequentialVerdict
-    from simulator.ownership.wsr import Verdict
     from simulator.plan.config import RunConfig
 
 
@@ -162,19 +160,22 @@ def report(run_dir: Path) -> int:
 @exsim.command()
 @click.argument("model", required=False, type=_path)
 @click.option("--key", required=True, type=_path, help="Key file of the owner.")
-@click.option("--threshold", default=0.2, show_default=True, help="WSR above which the model counts as stolen.")
+@click.option(
+    "--test", help="Ownership test (see: exsim list ownership_tests).  [default: wsr, wsr_sequential at --url]"
+)
+@click.option("--threshold", type=float, help="WSR above which the model counts as stolen.  [default: 0.2]")
 @click.option("--url", help="A suspect behind HTTP, asked in place of MODEL, no longer than a sequential test needs.")
 @click.option("--token", envvar="EXSIM_TOKEN", help="Bearer token at --url (default: EXSIM_TOKEN).")
 @click.option("--stolen-wsr", type=float, help="WSR from which the suspect is surely stolen (default: 2 x threshold).")
-@click.option("--alpha", default=0.05, show_default=True, help="Error rate: verifying an innocent suspect.")
-@click.option("--beta", default=0.05, show_default=True, help="Error rate: missing a stolen one.")
+@click.option("--alpha", type=float, help="Error rate: verifying an innocent suspect.  [default: 0.05]")
+@click.option("--beta", type=float, help="Error rate: missing a stolen one.  [default: 0.05]")
 @click.option("--max-queries", type=click.IntRange(min=1), help="Ask no more than this (default: the whole key).")
 @click.option("--seed", default=0, show_default=True, help="Of the order in which key samples are asked.")
 @click.option("--answer-field", metavar="PATH", help="A foreign API at --url: where its answer has labels or scores.")
 @click.option("--images-field", default="images", show_default=True, help="A foreign API: field of the images.")
 @click.pass_context
 def verify(
-    context: click.Context, /, model: Path | None, key: Path, threshold: float, url: str | None, **how: Any
+    context: click.Context, /, model: Path | None, key: Path, url: str | None, test: str | None, **how: Any
 ) -> int:
     """Say whether MODEL (safetensors), or the model behind --url, carries the watermark of a key.
 
@@ -184,15 +185,22 @@ def verify(
         raise InputError("verify takes a MODEL or --url URL, one of them")
     from simulator.ownership.suspect import verify_file, verify_url
 
-    found: Verdict | SequentialVerdict
-    if url is not None:
-        found, about = verify_url(url, key, threshold, **how)
-    else:
-        given = [name for name in how if context.get_parameter_source(name) is _GIVEN]
-        if given:
-            raise InputError(f"--{given[0].replace('_', '-')} goes with --url, not with a MODEL")
-        assert model is not None
-        found, about = verify_file(model, key, threshold)
+    given = [name for name in how if context.get_parameter_source(name) is _GIVEN]
+    settings = {name: how.pop(name) for name in ("threshold", "stolen_wsr", "alpha", "beta")}
+    try:
+        if url is not None:
+            found, about = verify_url(url, key, test or "wsr_sequential", settings, **how)
+        else:
+            for name in given:
+                if name != "threshold" and (test is None or name in ("token", "answer_field", "images_field")):
+                    raise InputError(f"--{name.replace('_', '-')} goes with --url, not with a MODEL")
+            assert model is not None
+            limits = {name: how[name] for name in ("max_queries", "seed")}
+            found, about = verify_file(model, key, test or "wsr", settings, **limits)
+    except InputError:
+        raise
+    except Exception as error:  # exit status 1 says "not verified", which a crash must never say
+        raise InputError(f"{url or model}: it could not be judged: {one_line(error)}") from error
     terminal.console().print(about, soft_wrap=True, highlight=False)
     return 0 if found.verified else 1
 
@@ -225,7 +233,7 @@ def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: An
 @exsim.command("list")
 @click.argument("what", default="all")
 def list_(what: str) -> int:
-    """List attacks, watermarks, detectors, removals, models, datasets, presets or sweeps."""
+    """List attacks, watermarks, detectors, ownership_tests, removals, models, datasets, presets or sweeps."""
     from simulator.cli.listing import show_list
 
     return show_list(what)

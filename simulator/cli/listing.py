@@ -22,6 +22,7 @@ def show_list(what: str) -> int:
     from simulator.data.dataset import describe_datasets
     from simulator.detectors.base import DETECTORS
     from simulator.models import describe_models
+    from simulator.ownership.base import OWNERSHIP
     from simulator.plan.settings_file import presets
     from simulator.watermarks.base import WATERMARKS
 
@@ -30,6 +31,7 @@ def show_list(what: str) -> int:
         "watermarks": lambda: _components(WATERMARKS),
         "removals": lambda: [("none", "there are no removal attacks yet")],
         "detectors": lambda: _components(DETECTORS),
+        "ownership_tests": lambda: _components(OWNERSHIP),
         "models": describe_models,
         "datasets": describe_datasets,
         "presets": lambda: list(presets().items()),

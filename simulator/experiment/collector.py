@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simulator.analysis.agreement import accuracy, agreement
 from simulator.component import BENIGN
+from simulator.context import Context
 from simulator.data.images import Images
 from simulator.detectors.base import Detection
 from simulator.detectors.clients import alarm_rate, watch_clients
@@ -26,11 +27,13 @@ from simulator.experiment.rundir import Copy, RunDirectory
 from simulator.experiment.theft import Theft
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.ownership.wsr import small_key, verify
+from simulator.ownership.wsr import small_key
 from simulator.plan.config import RunConfig, StageConfig
 from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
 from simulator.records.detections import Source, detectors_json, write_detections
 from simulator.records.rows import Row, write_row
+from simulator.seeding import generator_for
+from simulator.service.oracle import ModelOracle
 from simulator.training.predict import predict_labels
 
 
@@ -218,12 +221,15 @@ class Collector:
         }
 
     def _verdict_columns(self, model: Classifier, of: Marked) -> dict[str, Any]:
-        key = self._key(of)
-        result = verify(model, key, self._config.verification)
+        key, test = self._key(of), self._config.ownership_test
+        evidence = key.evidence()
+        suspect = ModelOracle(model, labels="hard", classes=key.classes, shape=evidence.shape, budget=len(key))
+        result = test.judge(suspect, evidence, Context(generator_for("judge", of.id)))
         stages, note = of.key_filter.stages, key.info.get("filter")
         return {
+            "test": test.name,
             "key_filter": stages if note == stages else f"{stages}: {note}",
-            "wsr": result.wsr,
+            "wsr": result.statistic,
             "wsr_low": result.low,
             "wsr_high": result.high,
             "key_samples": result.samples,

@@ -90,6 +90,8 @@ def _spec(text: str | None, where: str) -> ModelSpec:
         return ModelSpec.model_validate_json(json.dumps(entry.get("spec")))
     except ValidationError as error:
         raise InputError(f"{where}: its spec: {describe(error)}") from None
+    except RecursionError:
+        raise InputError(f"{where}: its spec is nested too deeply") from None
 
 
 def _check(tensors: Mapping[str, Tensor], model: Classifier, where: str) -> None:

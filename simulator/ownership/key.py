@@ -1,8 +1,7 @@
-"""Key samples: the owner's secret, in memory and on disk (safetensors with JSON metadata, never a pickle)."""
+"""Key samples: the owner's secret, and the evidence of every test that asks for a watermark."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,10 @@ import torch
 from torch import Tensor
 
 from simulator.errors import InputError
-from simulator.tensorfile import read_tensors, write_tensors
+from simulator.ownership.evidence import Evidence, load_evidence, names_of, save_evidence
+
+#: the kind of the evidence that a key is
+KEY = "key"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,30 @@ class KeySamples:
         """The samples at ``index`` (int64 or bool), with more ``info``."""
         return KeySamples(self.images[index], self.labels[index], self.classes, {**self.info, **info})
 
+    def evidence(self) -> Evidence:
+        """The key as evidence of the kind :data:`KEY`."""
+        return Evidence(KEY, {"images": self.images, "labels": self.labels}, self.classes, self.info)
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> KeySamples:
+        """The key that evidence holds.
+
+        Raises:
+            InputError: it is of another kind, or its labels do not fit its images.
+        """
+        images, labels, classes = evidence.images, evidence.tensors.get("labels"), evidence.classes
+        if evidence.kind != KEY or labels is None or len(evidence.tensors) != 2:
+            raise InputError(f"not a key file of this project (it holds {names_of(evidence.tensors)})")
+        if labels.shape != (len(images),):
+            raise InputError(f"key of a wrong shape: labels {tuple(labels.shape)} of {len(images)} images")
+        if labels.dtype != torch.int64 or not ((labels >= 0) & (labels < classes)).all():
+            raise InputError(f"key labels must be int64 in 0..{classes - 1}")
+        return cls(images, labels, classes, evidence.info)
+
 
 def save_key(key: KeySamples, path: Path) -> None:
     """Writes the key to one safetensors file, atomically."""
-    header = {"format": 1, "kind": "key", "classes": key.classes, "info": dict(key.info)}
-    write_tensors(path, {"images": key.images, "labels": key.labels}, {"exsim": json.dumps(header, sort_keys=True)})
+    save_evidence(key.evidence(), path)
 
 
 def load_key(path: Path) -> KeySamples:
@@ -51,23 +72,8 @@ def load_key(path: Path) -> KeySamples:
     Raises:
         InputError: the file is missing, not safetensors, not a key, or its tensors do not fit together.
     """
-    tensors, metadata = read_tensors(path, "a key file")
+    evidence = load_evidence(path)
     try:
-        header = json.loads(metadata["exsim"])
-        classes, info = int(header["classes"]), dict(header["info"])
-        good = header["kind"] == "key"
-    except (KeyError, TypeError, ValueError, OverflowError):
-        good = False
-    if not good or set(tensors) != {"images", "labels"}:
-        found = " ".join(", ".join(sorted(tensors)).split()) or "nothing"
-        raise InputError(f"{path}: not a key file of this project (it holds {found})")
-    images, labels = tensors["images"], tensors["labels"]
-    whole = images.dtype in (torch.uint8, torch.float32) and images.ndim == 4 and 0 not in images.shape[1:]
-    if not whole or labels.shape != (len(images),):
-        shapes = f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}"
-        raise InputError(f"{path}: key of a wrong shape: {shapes}; allowed: (N, C, H, W) uint8 or float32 and (N,)")
-    if labels.dtype != torch.int64 or not (((labels >= 0) & (labels < classes)).all() and len(labels)):
-        raise InputError(f"{path}: key labels must be int64 in 0..{classes - 1}, at least one")
-    if images.is_floating_point() and not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
-        raise InputError(f"{path}: key images of type float32 must lie in [0, 1]")
-    return KeySamples(images, labels, classes, info)
+        return KeySamples.of(evidence)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

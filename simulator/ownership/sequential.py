@@ -27,36 +27,48 @@ drawing without putting back spreads less).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from simulator.component import Settings
+from simulator.context import Context
 from simulator.errors import InputError
+from simulator.ownership.base import Verdict, top_labels
+from simulator.ownership.evidence import Evidence
 from simulator.ownership.key import KeySamples
-from simulator.ownership.wsr import Verification
+from simulator.ownership.wsr import Verification, WatermarkTest, wilson_interval
+from simulator.service.oracle import Oracle
 
 #: a WSR that counts as surely stolen, in multiples of the threshold, where the user names none
 STOLEN_OVER_THRESHOLD = 2.0
 
 
-class SequentialTest(Settings):
-    """The rule of the test: ``benign_wsr`` is p0, ``stolen_wsr`` p1, ``alpha`` and ``beta`` the error rates.
+class SequentialWsr(WatermarkTest):
+    """Asks key samples one at a time until Wald's test decides. ``benign_wsr`` is p0, ``stolen_wsr`` p1.
 
-    p0 is the threshold of :class:`~simulator.ownership.wsr.Verification`: whom the fixed-size rule would acquit is
-    accused with a probability of at most :attr:`accusation_bound`.
+    ``alpha`` and ``beta`` are the error rates. p0 is the threshold of :class:`~simulator.ownership.wsr.Wsr`: whom that
+    test would acquit is accused with a probability of at most :attr:`accusation_bound`. p1 is twice p0 where it is not
+    given (see :func:`default_stolen_wsr`).
     """
+
+    name: Literal["wsr_sequential"] = "wsr_sequential"
+    paper: ClassVar[str] = "Wald, Annals of Mathematical Statistics, 1945"
 
     benign_wsr: float = Field(Verification().threshold, gt=0, lt=1)
     stolen_wsr: float = Field(STOLEN_OVER_THRESHOLD * Verification().threshold, gt=0, lt=1)
     alpha: float = Field(0.05, gt=0, lt=0.5)
     beta: float = Field(0.05, gt=0, lt=0.5)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _p1_of_p0(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "stolen_wsr" not in data and type(data.get("benign_wsr")) in (int, float):
+            return {**data, "stolen_wsr": default_stolen_wsr(data["benign_wsr"])}
+        return data
+
     @model_validator(mode="after")
-    def _apart(self) -> SequentialTest:
+    def _apart(self) -> SequentialWsr:
         if self.stolen_wsr <= self.benign_wsr:
             raise InputError(f"the stolen WSR {self.stolen_wsr:g} is not above the benign WSR {self.benign_wsr:g}")
         return self
@@ -110,62 +122,53 @@ class SequentialTest(Settings):
         ratio = self.ratio(hits, asked)
         return True if ratio >= high else False if ratio <= low else None
 
+    def judge(self, suspect: Oracle, evidence: Evidence, context: Context) -> Verdict:
+        """See :class:`~simulator.ownership.base.OwnershipTest`. The generator draws the order of the samples.
+
+        Where no more images than ``suspect.remaining`` may be asked and these leave the test undecided, nothing was
+        shown and nothing is verified. A whole key that leaves it undecided is judged by :meth:`least_hits`. The p-value
+        is ``min(1, exp(-Λ))``, by Ville's inequality a bound at whatever answer the test stops.
+        """
+        self.check(suspect, evidence)
+        key = KeySamples.of(evidence)
+        hits, asked, decision = 0, 0, None
+        order = torch.randperm(len(key), generator=context.generator)
+        for index in order[: suspect.remaining].tolist():
+            answer = top_labels(suspect.query(key.images[index : index + 1]))
+            hits += int(answer[0] == key.labels[index])
+            asked += 1
+            decision = self.decide(hits, asked)
+            if decision is not None:
+                break
+        whole = asked == len(key) > 0
+        verified = decision if decision is not None else whole and hits >= self.least_hits(len(key))
+        low, high = wilson_interval(hits, asked)
+        chance = min(1.0, math.exp(-self.ratio(hits, asked)))
+        return Verdict(verified, hits / asked if asked else 0.0, low, high, chance, len(key), asked)
+
+    def explain(self, found: Verdict, evidence: Evidence, seed: int) -> str:
+        """How many samples were asked and answered as the key says, and where Λ ended."""
+        hits, (low, high) = round(found.statistic * found.asked), self.bounds
+        ratio = self.ratio(hits, found.asked)
+        if self.decide(hits, found.asked) is not None:
+            end = f"decided {'above' if found.verified else 'below'} {high if found.verified else low:.2f}"
+        elif found.saved:
+            end = f"undecided between {low:.2f} and {high:.2f}: more queries are needed"
+        else:
+            least = self.least_hits(found.samples)
+            counts = f"verified from {least} hits on" if least <= found.samples else "the key is too short to verify by"
+            end = (
+                f"undecided between {low:.2f} and {high:.2f} at the key's end: {counts}, so that an innocent suspect "
+                f"is verified with a probability of at most {self.accusation_bound:.3g}"
+            )
+        return (
+            f"{found.answer}\n{hits} of {found.asked} answers are the key's; {found.asked} queries, "
+            f"{found.saved} of the key's {found.samples} samples saved (seed {seed})\n"
+            f"Wald's sequential test of WSR <= {self.benign_wsr:g} (error rate {self.alpha:g}) against "
+            f"WSR >= {self.stolen_wsr:g} ({self.beta:g}): log-likelihood ratio {ratio:.2f}, {end}"
+        )
+
 
 def default_stolen_wsr(threshold: float) -> float:
     """p1 for a p0: twice as much, or half of the way to 1 where twice is more than that."""
     return min(STOLEN_OVER_THRESHOLD * threshold, (1 + threshold) / 2)
-
-
-@dataclass(frozen=True)
-class SequentialVerdict:
-    """How a sequential verification ended.
-
-    Attributes:
-        verified: the suspect carries the watermark.
-        decided: Λ reached a bound. Otherwise no sample, or no allowed query, was left: on a whole key ``hits`` against
-            :meth:`SequentialTest.least_hits` gives ``verified``, else nothing was shown and it is false.
-        hits: answers that were the key's.
-        asked: queries made.
-        samples: of the key.
-        ratio: Λ at the end.
-    """
-
-    verified: bool
-    decided: bool
-    hits: int
-    asked: int
-    samples: int
-    ratio: float
-
-    @property
-    def saved(self) -> int:
-        """Samples of the key that need not be asked."""
-        return self.samples - self.asked
-
-
-def verify_sequentially(
-    ask: Callable[[Tensor], int],
-    key: KeySamples,
-    rule: SequentialTest,
-    *,
-    generator: torch.Generator,
-    max_queries: int | None = None,
-) -> SequentialVerdict:
-    """Asks key samples one at a time, in random order and none twice, until the test decides.
-
-    Args:
-        ask: the suspect's top-1 label of an image ``(1, C, H, W)``.
-        generator: draws the order.
-        max_queries: asks no more than this; None for the whole key.
-    """
-    limit = len(key) if max_queries is None else min(max_queries, len(key))
-    hits, asked, decision = 0, 0, None
-    for index in torch.randperm(len(key), generator=generator)[:limit].tolist():
-        hits += int(ask(key.images[index : index + 1]) == int(key.labels[index]))
-        asked += 1
-        decision = rule.decide(hits, asked)
-        if decision is not None:
-            break
-    whole = asked == len(key) > 0
-    verified = decision if decision is not None else whole and hits >= rule.least_hits(len(key))
-    return SequentialVerdict(verified, decision is not None, hits, asked, len(key), rule.ratio(hits, asked))

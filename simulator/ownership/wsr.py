@@ -9,14 +9,15 @@ watermark, right on each sample with probability 1 / K, would reach that many.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-from torch import Tensor, nn
+from typing import ClassVar, Literal
 
 from simulator.component import Settings
+from simulator.context import Context
 from simulator.errors import InputError
-from simulator.ownership.key import KeySamples
-from simulator.training.predict import predict_labels
+from simulator.ownership.base import Owner, OwnershipTest, Verdict, top_labels
+from simulator.ownership.evidence import Evidence
+from simulator.ownership.key import KEY, KeySamples
+from simulator.service.oracle import Oracle
 
 #: the 97.5 % point of the normal distribution, for 95 % intervals
 Z95 = 1.959963984540054
@@ -32,18 +33,6 @@ class Verification(Settings):
     def model_post_init(self, _: object) -> None:
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold {self.threshold} is not between 0 and 1")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What verification found: rates in [0, 1], ``low`` and ``high`` the 95 % Wilson interval of ``wsr``."""
-
-    wsr: float
-    low: float
-    high: float
-    p_value: float
-    samples: int
-    verified: bool
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
@@ -94,14 +83,46 @@ def verdict(successes: int, trials: int, classes: int, rule: Verification) -> Ve
     wsr = successes / trials if trials else 0.0
     low, high = wilson_interval(successes, trials)
     chance = p_value(successes, trials, classes)
-    return Verdict(wsr, low, high, chance, trials, verdict_of(successes, trials, rule))
+    return Verdict(verdict_of(successes, trials, rule), wsr, low, high, chance, trials, trials)
 
 
-def verify_labels(answers: Tensor, key: KeySamples, rule: Verification) -> Verdict:
-    """The verdict on a suspect's top-1 labels ``(N,)`` for the N key samples, in their order."""
-    return verdict(int((answers == key.labels).sum()), len(key), key.classes, rule)
+class WatermarkTest(OwnershipTest):
+    """What the tests that ask a watermark's key have in common."""
+
+    paper: ClassVar[str] = "Yang et al., AAAI 2026"
+    kind: ClassVar[str] = KEY
+
+    def gather(self, owner: Owner, context: Context) -> Evidence:
+        """The owner's filtered key."""
+        if owner.key is None:
+            raise InputError("a model without a watermark has no key")
+        return owner.key.evidence()
+
+    def check(self, suspect: Oracle, evidence: Evidence) -> None:
+        """As every test; the labels of the key are checked, too."""
+        super().check(suspect, evidence)
+        KeySamples.of(evidence)
 
 
-def verify(model: nn.Module, key: KeySamples, rule: Verification) -> Verdict:
-    """The verdict on a suspect model."""
-    return verify_labels(predict_labels(model, key.images), key, rule)
+class Wsr(WatermarkTest, Verification):
+    """Asks the whole key: the watermark success rate against a threshold."""
+
+    name: Literal["wsr"] = "wsr"
+
+    def judge(self, suspect: Oracle, evidence: Evidence, context: Context) -> Verdict:
+        """See :class:`~simulator.ownership.base.OwnershipTest`. The key is asked at once, in its order."""
+        self.check(suspect, evidence)
+        key = KeySamples.of(evidence)
+        hits = int((top_labels(suspect.query(key.images)) == key.labels).sum()) if len(key) else 0
+        return verdict(hits, len(key), key.classes, self)
+
+    def explain(self, found: Verdict, evidence: Evidence, seed: int) -> str:
+        """WSR, interval and p-value; a warning where the key is too small to judge by."""
+        chance = f"{found.p_value:.3g}" if found.p_value else "below 1e-300"
+        doubt = small_key(found.samples, evidence.classes, self)
+        return (
+            f"{found.answer}\nWSR {found.statistic:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}) on "
+            f"{found.samples} key samples, threshold {self.threshold:g}\np-value {chance}: the chance that a model "
+            f"without the watermark, right once in {evidence.classes}, does as well"
+            + (f"\nwarning: {doubt}" if doubt else "")
+        )

@@ -20,7 +20,7 @@ from simulator.detectors.base import DETECTORS, BenignClients
 from simulator.errors import InputError
 from simulator.models import ARCHITECTURES
 from simulator.ownership.key_filter import KeyFilter
-from simulator.ownership.wsr import Verification
+from simulator.ownership.wsr import Verification, Wsr
 from simulator.plan.settings_file import apply_override, as_line, dump_yaml, read_settings
 from simulator.removals.base import REMOVALS
 from simulator.service.answers import Labels
@@ -262,6 +262,11 @@ class RunConfig(Settings):
         if self.key_filter.architecture not in (None, *ARCHITECTURES):
             raise InputError(f"key_filter.architecture: {one_of(self.key_filter.architecture, list(ARCHITECTURES))}")
         return self
+
+    @property
+    def ownership_test(self) -> Wsr:
+        """The test that judges every model of the run."""
+        return Wsr(threshold=self.verification.threshold)
 
     def to_json(self) -> str:
         """The resolved configuration as canonical JSON."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import secrets
 import time
 from typing import Any
@@ -34,6 +35,8 @@ from simulator.service.query import Query
 TIMEOUT = (10.0, 120.0)
 #: seconds that a client goes on asking for a lost answer
 PATIENCE = 60.0
+#: bytes of a reply at most; the largest answer of a door (see ``MAX_BYTES`` in query.py) is a third of it as JSON
+LARGEST_REPLY = 64 << 20
 #: of the door itself, whose service is being started again
 UNAVAILABLE = (502, 503, 504)
 NPY = "application/octet-stream"
@@ -103,6 +106,13 @@ class _Bearer(requests.auth.AuthBase):
         return request
 
 
+class _Session(requests.Session):
+    """Sees no redirect in any reply: to find the next address, requests would read the whole body, however long."""
+
+    def get_redirect_target(self, resp: Any) -> None:
+        return None
+
+
 class HttpClient:
     """Sends requests to one address, again where the way there fails, and turns every failure into one line.
 
@@ -121,7 +131,7 @@ class HttpClient:
             raise InputError(f"{url!r} is no address; allowed: http://HOST:PORT or https://HOST:PORT")
         if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
             raise InputError("the token has characters that a header cannot carry; allowed: printable ASCII")
-        self._session = requests.Session()
+        self._session = _Session()
         self._auth = None if token is None else _Bearer(token)
 
     def send(self, method: str, path: str, **request: Any) -> Any:
@@ -136,31 +146,46 @@ class HttpClient:
         while True:
             try:
                 # a redirect could carry the token elsewhere
-                reply = self._session.request(
-                    method, where, auth=self._auth, timeout=TIMEOUT, allow_redirects=False, **request
-                )
+                with self._session.request(
+                    method, where, auth=self._auth, timeout=TIMEOUT, allow_redirects=False, stream=True, **request
+                ) as reply:
+                    status, body = reply.status_code, _body(where, reply)
+            except InputError:
+                raise
             except (requests.ConnectionError, requests.Timeout) as error:
                 failure = f"{where}: not reachable: {_reason(error)}"
             except (requests.RequestException, ValueError) as error:
                 raise Unreachable(f"{where}: {_reason(error)}") from None
             else:
-                if reply.status_code not in UNAVAILABLE:
-                    return self._value(where, reply)
-                failure = _refusal(where, reply)
+                if status not in UNAVAILABLE:
+                    return _value(where, status, body)
+                failure = _refusal(where, status, body)
             if time.monotonic() + pause > deadline:
                 raise Unreachable(failure)
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    def _value(self, where: str, reply: requests.Response) -> Any:
-        if reply.status_code == 429:
-            raise BudgetExhausted(_refusal(where, reply))
-        if reply.status_code != 200:
-            raise InputError(_refusal(where, reply))
-        try:
-            return reply.json()
-        except ValueError:
-            raise Unreachable(f"{where}: answered with no JSON: {reply.text[:80]!r}") from None
+
+def _body(where: str, reply: requests.Response) -> bytes:
+    """The body of a reply, unpacked, if it is not longer than :data:`LARGEST_REPLY`."""
+    body = bytearray()
+    for part in reply.iter_content(1 << 16):
+        body += part
+        if len(body) > LARGEST_REPLY:
+            raise Unreachable(f"{where}: the reply is longer than {LARGEST_REPLY} bytes")
+    return bytes(body)
+
+
+def _value(where: str, status: int, body: bytes) -> Any:
+    if status == 429:
+        raise BudgetExhausted(_refusal(where, status, body))
+    if status != 200:
+        raise InputError(_refusal(where, status, body))
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        found = body[:80].decode(errors="replace")
+        raise Unreachable(f"{where}: answered with no JSON, or one nested too deeply: {found!r}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -170,20 +195,23 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _refusal(where: str, reply: requests.Response) -> str:
+def _refusal(where: str, status: int, body: bytes) -> str:
     try:
-        body = reply.json()
-        detail = body.get("detail") or body.get("error") or body
-    except (ValueError, AttributeError):
-        detail = reply.text
-    return f"{where}: refused with status {reply.status_code}: {' '.join(str(detail).split())[:300]}"
+        value = json.loads(body)
+        detail = str(value.get("detail") or value.get("error") or value)
+    except (ValueError, AttributeError, RecursionError):
+        detail = body[:2000].decode(errors="replace")
+    return f"{where}: refused with status {status}: {' '.join(detail.split())[:300]}"
 
 
 def _read(model: type[Any], value: object, where: str) -> Any:
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        raise Unreachable(f"{where}: not an answer of a door of this program: {describe(error)}") from None
+        reason = describe(error)
+    except RecursionError:
+        reason = "nested too deeply"
+    raise Unreachable(f"{where}: not an answer of a door of this program: {reason}")
 
 
 def model_info(client: HttpClient) -> ModelInfo:
@@ -198,8 +226,8 @@ def account_info(client: HttpClient) -> AccountInfo:
     return info
 
 
-def predict(client: HttpClient, images: NDArray[np.generic], key: str) -> Prediction:
-    """The answer to one query.
+def predict(client: HttpClient, images: NDArray[np.generic], key: str) -> NDArray[np.float64]:
+    """The answer rows ``(B, K)`` to one query, finite.
 
     Args:
         images: ``(B, C, H, W)`` uint8, or float32 in [0, 1].
@@ -212,7 +240,9 @@ def predict(client: HttpClient, images: NDArray[np.generic], key: str) -> Predic
     answer: Prediction = _read(Prediction, reply, client.url)
     if len(answer.probabilities) != len(images):
         raise Unreachable(f"{client.url}: {len(answer.probabilities)} answers to {len(images)} images")
-    return answer
+    if len({len(row) for row in answer.probabilities}) > 1 or not np.isfinite(answer.probabilities).all():
+        raise Unreachable(f"{client.url}: answer rows must have one length and finite values")
+    return np.asarray(answer.probabilities)
 
 
 class HttpTransport:
@@ -236,8 +266,8 @@ class HttpTransport:
         answers = []
         for query in queries:
             client = self._clients.setdefault(query.token, HttpClient(self._url, query.token, self._patience))
-            rows = predict(client, query.images, f"{self._session}-{query.key}").probabilities
-            answers.append(np.asarray(rows, dtype=np.float32))
+            rows = predict(client, query.images, f"{self._session}-{query.key}")
+            answers.append(rows.astype(np.float32))
         return answers
 
 
@@ -268,29 +298,71 @@ def connect(
     )
 
 
-class LabelAsker:
-    """A suspect's top-1 labels, from a door of ours or from a foreign API that takes JSON.
+class HttpOracle:
+    """A suspect behind HTTP as an :class:`~simulator.service.oracle.Oracle` of hard labels, asked image by image.
 
-    A foreign API is asked ``{images_field: [image]}``, the image as nested lists of floats in [0, 1], ``(C, H, W)``.
-    Its answer is looked up at ``answer_field``, a dotted path such as ``predictions`` or ``outputs.0.scores``. What
-    lies there may be a label, a row of scores, or a list of one of either.
+    A door of ours is asked by its protocol. A foreign API is asked ``{images_field: [image]}``, the image as nested
+    lists of floats in [0, 1], ``(C, H, W)``. Its answer is looked up at ``answer_field``, a dotted path such as
+    ``predictions`` or ``outputs.0.scores``. What lies there may be a label, a row of scores, or a list of one of
+    either. A label that is none of the K classes is answered by a row of zeros.
 
     Args:
+        classes, shape: what the suspect is taken to answer and to be asked.
+        budget: images that may be asked.
         answer_field: None for a door of ours.
     """
 
-    def __init__(self, client: HttpClient, answer_field: str | None = None, images_field: str = "images") -> None:
+    labels = "hard"
+
+    def __init__(
+        self,
+        client: HttpClient,
+        *,
+        classes: int,
+        shape: tuple[int, int, int],
+        budget: int,
+        answer_field: str | None = None,
+        images_field: str = "images",
+    ) -> None:
+        self.classes, self.shape, self.budget = classes, shape, budget
+        self.asked = 0
         self._client, self._answer_field, self._images_field = client, answer_field, images_field
 
-    def __call__(self, image: Tensor) -> int:
-        """The top-1 label of an image ``(1, C, H, W)``."""
+    @property
+    def remaining(self) -> int:
+        """Images that may still be asked."""
+        return self.budget - self.asked
+
+    def query(self, images: Tensor) -> Tensor:
+        """See :class:`~simulator.service.oracle.Oracle`.
+
+        Raises:
+            InputError: the suspect does not answer, or not with a label or finite scores.
+        """
+        if len(images) > self.remaining:
+            raise BudgetExhausted(f"{len(images)} images asked, {self.remaining} of {self.budget} remain")
+        rows = torch.zeros(len(images), self.classes)
+        for row, image in zip(rows, images.split(1), strict=True):
+            label = self._label(image.detach().cpu())
+            self.asked += 1
+            if 0 <= label < self.classes:
+                row[label] = 1
+        return rows
+
+    def _label(self, image: Tensor) -> int:
         if self._answer_field is None:
             pixels = image.contiguous().numpy()
             # the key tells nothing of why it is asked, and asking again after an interruption is free
-            return int(np.argmax(predict(self._client, pixels, digest_of(pixels.data.cast("B"))).probabilities[0]))
+            answer = predict(self._client, pixels, digest_of(pixels.data.cast("B")))[0]
+            if len(answer) != self.classes:
+                raise Unreachable(f"{self._client.url}: {len(answer)} probabilities for {self.classes} classes")
+            return int(answer.argmax())
         scaled = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image
         reply = self._client.send("POST", "", json={self._images_field: scaled.tolist()})
-        return _label(_at(reply, self._answer_field), self._answer_field)
+        try:
+            return _label(_at(reply, self._answer_field), self._answer_field)
+        except RecursionError:
+            raise InputError(f"--answer-field {self._answer_field}: the answer is nested too deeply") from None
 
 
 def _at(value: Any, path: str) -> Any:
@@ -299,17 +371,21 @@ def _at(value: Any, path: str) -> Any:
         try:
             value = value[int(step)] if isinstance(value, list) else value[step]
         except (KeyError, IndexError, TypeError, ValueError):
-            keys = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else repr(value)[:80]
-            raise InputError(f"--answer-field {path}: the answer has no {step!r}, it has {keys}") from None
+            keys = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else repr(value)
+            raise InputError(f"--answer-field {path}: the answer has no {step!r}, it has {keys[:300]}") from None
     return value
 
 
 def _label(value: Any, path: str) -> int:
-    """The label in an answer to one image: itself, or the argmax of scores."""
+    """The label in an answer to one image: itself, or the first largest of finite scores."""
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, list) and all(type(each) in (int, float) for each in value) and value:
-        return int(np.argmax(value))
+    if isinstance(value, list) and value and all(type(each) is int or _finite(each) for each in value):
+        return max(range(len(value)), key=value.__getitem__)
     if type(value) is int:
         return value
     raise InputError(f"--answer-field {path}: {repr(value)[:80]} is neither a label nor a list of scores")
+
+
+def _finite(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)

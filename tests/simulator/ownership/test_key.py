@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simulator.errors import InputError
 from simulator.models import build, save_model
+from simulator.ownership.evidence import Evidence, load_evidence, save_evidence
 from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.tensorfile import write_tensors
 
@@ -59,6 +60,8 @@ def header(**changes: Any) -> dict[str, str]:
 
 
 IMAGES, LABELS = key().images, key().labels
+#: deeper than Python's JSON reader goes
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,13 @@ IMAGES, LABELS = key().images, key().labels
         ({"images": IMAGES, "labels": LABELS}, header(classes="many"), "not a key file"),
         ({"images": IMAGES, "labels": LABELS}, header(classes=float("inf")), "not a key file"),
         ({"images": IMAGES, "labels": LABELS}, header(info=3), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, header(format=2), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, header(kind=["key"]), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, header(kind="a\nb"), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, header(classes=True), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, header(classes=0), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, header(classes=10**30), "not a key file"),
+        ({"images": IMAGES, "labels": LABELS}, {"exsim": header()["exsim"].replace("{}", DEEP)}, "not a key file"),
         ({"images": IMAGES}, header(), "not a key file of this project (it holds images)"),
         ({"images": IMAGES, "labels": LABELS, "more": LABELS + 1}, header(), "it holds images, labels, more"),
         ({"a\nb": IMAGES}, header(), "it holds a b"),
@@ -107,6 +117,17 @@ def test_a_model_is_no_key(tmp_path: Path) -> None:
     save_model(build("linear", channels=1, size=4, classes=3), tmp_path / "model")
     with pytest.raises(InputError, match="not a key file"):
         load_key(tmp_path / "model")
+
+
+def test_evidence_of_other_tests_has_tensors_of_its_own_and_is_no_key(tmp_path: Path) -> None:
+    tensors = {"images": IMAGES, "correlation": torch.eye(6), "private": LABELS > 1}
+    save_evidence(Evidence("fingerprint", tensors, 4, INFO), tmp_path / "a")
+    found = load_evidence(tmp_path / "a")
+    assert (found.kind, found.classes, found.info, len(found), found.shape) == ("fingerprint", 4, INFO, 6, (2, 3, 3))
+    assert found.tensors.keys() == tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(InputError, match=r"a: not a key file of this project \(it holds correlation, images, private"):
+        load_key(tmp_path / "a")
 
 
 @given(place=st.integers(0, 10**6), damage=st.binary(min_size=1, max_size=8), cut=st.booleans())

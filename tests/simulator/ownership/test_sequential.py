@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from simulator.component import describe
+from simulator.context import Context
+from simulator.ownership.base import Verdict
 from simulator.ownership.key import KeySamples
-from simulator.ownership.sequential import SequentialTest, default_stolen_wsr, verify_sequentially
+from simulator.ownership.sequential import SequentialWsr, default_stolen_wsr
 from simulator.ownership.wsr import Verification
 
 RULES = st.builds(
-    lambda p0, gap, alpha, beta: SequentialTest(benign_wsr=p0, stolen_wsr=p0 + gap * (1 - p0), alpha=alpha, beta=beta),
+    lambda p0, gap, alpha, beta: SequentialWsr(benign_wsr=p0, stolen_wsr=p0 + gap * (1 - p0), alpha=alpha, beta=beta),
     st.floats(0.02, 0.5),
     st.floats(0.3, 0.9),
     st.floats(0.01, 0.2),
@@ -26,7 +29,7 @@ RULES = st.builds(
 )
 
 
-def exactly(rule: SequentialTest, rate: float, horizon: int = 20_000) -> tuple[float, float, float]:
+def exactly(rule: SequentialWsr, rate: float, horizon: int = 20_000) -> tuple[float, float, float]:
     """P(verified), P(not verified) and the mean number of queries at a rate, by summing over all paths."""
     going, accepted, acquitted, mean = {0: 1.0}, 0.0, 0.0, 0.0
     for asked in range(1, horizon + 1):
@@ -59,14 +62,37 @@ def suspect(image: Tensor) -> int:
     return 0
 
 
-def run(rule: SequentialTest, hits: int, samples: int, seed: int, **options: int) -> object:
-    return verify_sequentially(
-        suspect, key_of(hits, samples), rule, generator=torch.Generator().manual_seed(seed), **options
-    )
+class Asked:
+    """An oracle that gives the labels of a function of the image ``(1, C, H, W)``, which is asked them in turn."""
+
+    labels, classes, shape = "hard", 10, (1, 1, 2)
+
+    def __init__(self, answer: Callable[[Tensor], int], budget: int) -> None:
+        self._answer, self.remaining = answer, budget
+
+    def query(self, images: Tensor) -> Tensor:
+        assert len(images) <= self.remaining
+        self.remaining -= len(images)
+        return torch.eye(10)[[self._answer(image) for image in images.split(1)]]
+
+
+def judge(
+    answer: Callable[[Tensor], int], key: KeySamples, rule: SequentialWsr, seed: int = 0, max_queries: int | None = None
+) -> Verdict:
+    oracle = Asked(answer, len(key) if max_queries is None else max_queries)
+    return rule.judge(oracle, key.evidence(), Context(torch.Generator().manual_seed(seed)))
+
+
+def hits_of(found: Verdict) -> int:
+    return round(found.statistic * found.asked)
+
+
+def decided(rule: SequentialWsr, found: Verdict) -> bool:
+    return rule.decide(hits_of(found), found.asked) is not None
 
 
 def test_the_defaults_are_tied_to_the_fixed_rule() -> None:
-    rule = SequentialTest()
+    rule = SequentialWsr()
     assert rule.benign_wsr == Verification().threshold == 0.2
     assert rule.stolen_wsr == default_stolen_wsr(0.2) == 0.4
     assert default_stolen_wsr(0.6) == pytest.approx(0.8)
@@ -74,7 +100,7 @@ def test_the_defaults_are_tied_to_the_fixed_rule() -> None:
 
 
 def test_bounds_and_steps_by_hand() -> None:
-    rule = SequentialTest(benign_wsr=0.25, stolen_wsr=0.5, alpha=0.1, beta=0.2)
+    rule = SequentialWsr(benign_wsr=0.25, stolen_wsr=0.5, alpha=0.1, beta=0.2)
     assert rule.bounds == pytest.approx((math.log(0.2 / 0.9), math.log(8)))
     assert rule.steps == pytest.approx((math.log(2 / 3), math.log(2)))
     # three hits in a row are a ratio of 8, the upper bound; four misses one of (2/3)^4 = .1975 <= .2222
@@ -85,7 +111,7 @@ def test_bounds_and_steps_by_hand() -> None:
 
 
 @given(RULES)
-def test_the_errors_of_both_kinds_stay_within_walds_bounds_exactly(rule: SequentialTest) -> None:
+def test_the_errors_of_both_kinds_stay_within_walds_bounds_exactly(rule: SequentialWsr) -> None:
     accused, acquitted, _ = exactly(rule, rule.benign_wsr)
     assert accused + acquitted == pytest.approx(1, abs=1e-8)
     assert accused <= rule.alpha / (1 - rule.beta) + 1e-9
@@ -95,14 +121,14 @@ def test_the_errors_of_both_kinds_stay_within_walds_bounds_exactly(rule: Sequent
 
 
 @given(RULES, st.floats(0.0, 1.0))
-def test_a_lower_rate_than_p0_and_a_higher_one_than_p1_only_make_it_safer(rule: SequentialTest, share: float) -> None:
+def test_a_lower_rate_than_p0_and_a_higher_one_than_p1_only_make_it_safer(rule: SequentialWsr, share: float) -> None:
     assert exactly(rule, share * rule.benign_wsr)[0] <= rule.alpha / (1 - rule.beta) + 1e-9
     above = rule.stolen_wsr + share * (1 - rule.stolen_wsr)
     assert exactly(rule, above)[1] <= rule.beta / (1 - rule.alpha) + 1e-9
 
 
 @given(RULES)
-def test_a_suspect_that_always_or_never_hits_takes_the_closed_number_of_queries(rule: SequentialTest) -> None:
+def test_a_suspect_that_always_or_never_hits_takes_the_closed_number_of_queries(rule: SequentialWsr) -> None:
     (miss, hit), (low, high) = rule.steps, rule.bounds
     for hits, needed in ((1, high / hit), (0, low / miss)):
         asked = next(n for n in range(1, 10_000) if rule.decide(n * hits, n) is not None)
@@ -113,7 +139,7 @@ def test_a_suspect_that_always_or_never_hits_takes_the_closed_number_of_queries(
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.4, 0.7, 1.0])
 def test_the_mean_number_of_queries_is_about_walds(rate: float) -> None:
     """Wald's approximation neglects the overshoot: at most one step beyond a bound."""
-    rule = SequentialTest()
+    rule = SequentialWsr()
     (miss, hit), (low, high) = rule.steps, rule.bounds
     accused, acquitted, mean = exactly(rule, rate)
     drift = rate * hit + (1 - rate) * miss
@@ -130,20 +156,23 @@ def test_the_mean_number_of_queries_is_about_walds(rate: float) -> None:
 )
 def test_simulated_suspects_are_judged_wrongly_as_rarely_as_promised(hits: int, wrong: bool, bound: float) -> None:
     """600 orders of one key of 300 samples: drawing without putting back only helps."""
-    rule = SequentialTest()
-    found = [run(rule, hits, 300, seed) for seed in range(600)]
-    rate = sum(each.verified is wrong for each in found) / len(found)  # type: ignore[attr-defined]
+    rule = SequentialWsr()
+    found = [judge(suspect, key_of(hits, 300), rule, seed) for seed in range(600)]
+    rate = sum(each.verified is wrong for each in found) / len(found)
     deviation = math.sqrt(0.05 * 0.95 / len(found))
     assert rate <= (bound + 2.5 * deviation if bound else 0)
-    assert all(each.asked + each.saved == 300 for each in found)  # type: ignore[attr-defined]
+    assert all(each.asked + each.saved == 300 for each in found)
 
 
 def test_a_marked_suspect_is_decided_in_five_queries_and_a_benign_one_in_eleven() -> None:
-    marked = verify_sequentially(suspect, key_of(500, 500), SequentialTest(), generator=torch.Generator())
-    assert (marked.verified, marked.decided, marked.hits, marked.asked, marked.saved) == (True, True, 5, 5, 495)
-    assert marked.ratio == pytest.approx(5 * math.log(2))
-    benign = verify_sequentially(suspect, key_of(0, 500), SequentialTest(), generator=torch.Generator())
-    assert (benign.verified, benign.decided, benign.hits, benign.asked) == (False, True, 0, 11)
+    rule = SequentialWsr()
+    marked = judge(suspect, key_of(500, 500), rule)
+    assert (marked.verified, decided(rule, marked), hits_of(marked)) == (True, True, 5)
+    assert (marked.asked, marked.saved, marked.samples) == (5, 495, 500)
+    assert marked.p_value == pytest.approx(2**-5)
+    benign = judge(suspect, key_of(0, 500), rule)
+    assert (benign.verified, decided(rule, benign), hits_of(benign), benign.asked) == (False, True, 0, 11)
+    assert benign.p_value == 1
 
 
 def test_the_order_is_drawn_from_the_seed_and_no_sample_is_asked_twice() -> None:
@@ -154,8 +183,8 @@ def test_the_order_is_drawn_from_the_seed_and_no_sample_is_asked_twice() -> None
             seen.append(int(image[0, 0, 0, 0]) * 256 + int(image[0, 0, 0, 1]))
             return int(len(seen) % 3 == 0)  # about the undecided rate
 
-        rule = SequentialTest(alpha=1e-6, beta=1e-6)
-        verify_sequentially(answer, key_of(300, 300), rule, generator=torch.Generator().manual_seed(seed))
+        rule = SequentialWsr(alpha=1e-6, beta=1e-6)
+        judge(answer, key_of(300, 300), rule, seed)
         return seen
 
     assert asked(1) == asked(1) != asked(2)
@@ -163,7 +192,7 @@ def test_the_order_is_drawn_from_the_seed_and_no_sample_is_asked_twice() -> None
     assert asked(1) != sorted(asked(1))
 
 
-def accused(rule: SequentialTest, samples: int, hits: int | None = None) -> float:
+def accused(rule: SequentialWsr, samples: int, hits: int | None = None) -> float:
     """P(verified) with a whole key of so many samples, by summing over all paths: at a rate of p0, or of a key of which
     so many samples are hits, drawn without putting back."""
     going, verified = {0: 1.0}, 0.0
@@ -184,14 +213,14 @@ def accused(rule: SequentialTest, samples: int, hits: int | None = None) -> floa
 @pytest.mark.parametrize("samples", [10, 20, 30, 50, 90, 200])
 def test_a_short_key_accuses_an_innocent_suspect_as_rarely_as_a_long_one_exactly(samples: int) -> None:
     """A whole WSR above p0 as the rule would accuse .32, .37, .35, .18, .057 and .039 of the suspects at p0."""
-    rule = SequentialTest()
+    rule = SequentialWsr()
     assert rule.accusation_bound == pytest.approx(0.05 / 0.95)
     assert accused(rule, samples) <= rule.accusation_bound
     assert accused(rule, samples, hits=math.floor(0.2 * samples)) <= rule.accusation_bound
 
 
 @given(RULES, st.integers(1, 150))
-def test_the_bound_is_kept_at_every_length_exactly(rule: SequentialTest, samples: int) -> None:
+def test_the_bound_is_kept_at_every_length_exactly(rule: SequentialWsr, samples: int) -> None:
     assert accused(rule, samples) <= rule.accusation_bound + 1e-9
     assert accused(rule, samples, hits=math.floor(rule.benign_wsr * samples)) <= rule.accusation_bound + 1e-9
     assert rule.benign_wsr * samples < rule.least_hits(samples) <= samples + 1
@@ -200,11 +229,9 @@ def test_the_bound_is_kept_at_every_length_exactly(rule: SequentialTest, samples
 @pytest.mark.parametrize("samples", [1, 2, 3, 7, 9])
 def test_all_answers_that_a_suspect_may_give_add_up_to_the_bound(samples: int) -> None:
     """Every sequence of answers through the function itself, weighted as a suspect at p0 gives it."""
-    rule, chance = SequentialTest(), 0.0
+    rule, chance = SequentialWsr(), 0.0
     for answers in itertools.product((0, 1), repeat=samples):  # of a key whose labels are all 0
-        found = verify_sequentially(
-            lambda _, left=list(answers): left.pop(), key_of(samples, samples), rule, generator=torch.Generator()
-        )
+        found = judge(lambda _, left=list(answers): left.pop(), key_of(samples, samples), rule)
         chance += found.verified * 0.2 ** answers.count(0) * 0.8 ** answers.count(1)
     assert chance == pytest.approx(accused(rule, samples))
     assert chance <= rule.accusation_bound
@@ -212,13 +239,13 @@ def test_all_answers_that_a_suspect_may_give_add_up_to_the_bound(samples: int) -
 
 def test_an_undecided_key_needs_as_many_hits_as_chance_hardly_gives_and_an_undecided_limit_shows_nothing() -> None:
     # the bounds are out of reach, so h ~ B(10, .2): P(h >= 5) = .033, P(h >= 4) = .121
-    rule = SequentialTest(stolen_wsr=0.21)
+    rule = SequentialWsr(stolen_wsr=0.21)
     assert rule.least_hits(10) == 5
-    assert SequentialTest().least_hits(1) == 2, "one sample shows nothing"
+    assert SequentialWsr().least_hits(1) == 2, "one sample shows nothing"
 
     def go(hits: int, **options: int) -> tuple[bool, bool, int]:
-        found = verify_sequentially(suspect, key_of(hits, 10), rule, generator=torch.Generator(), **options)
-        return found.verified, found.decided, found.asked
+        found = judge(suspect, key_of(hits, 10), rule, **options)
+        return found.verified, decided(rule, found), found.asked
 
     assert go(5) == (True, False, 10)
     assert go(4) == (False, False, 10)
@@ -238,7 +265,7 @@ def test_an_undecided_key_needs_as_many_hits_as_chance_hardly_gives_and_an_undec
 )
 def test_a_test_that_cannot_be_is_refused_in_one_line(settings: dict[str, float], words: list[str]) -> None:
     with pytest.raises(ValidationError) as caught:
-        SequentialTest(**settings)
+        SequentialWsr(**settings)
     line = describe(caught.value)
     assert len(line.splitlines()) == 1
     assert all(word in line for word in words), line

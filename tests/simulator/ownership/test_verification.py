@@ -10,19 +10,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from simulator.component import describe
+from simulator.context import Context
 from simulator.models import build, save_model
 from simulator.ownership.key import KeySamples, save_key
 from simulator.ownership.suspect import verify_file
 from simulator.ownership.wsr import (
     Verification,
+    Wsr,
     chance_verdict,
     p_value,
     small_key,
     verdict,
-    verify,
-    verify_labels,
     wilson_interval,
 )
+from simulator.service.oracle import ModelOracle
 
 COUNTS = st.integers(1, 400).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials)))
 
@@ -88,20 +89,21 @@ def test_the_rate_has_to_exceed_the_threshold(successes: int, trials: int, thres
     found = verdict(successes, trials, 10, Verification(threshold=threshold))
     assert found.verified is verified
     assert found.samples == trials
-    assert found.wsr == (successes / trials if trials else 0.0)
+    assert found.statistic == (successes / trials if trials else 0.0)
     assert (found.low, found.high) == wilson_interval(successes, trials)
     assert found.p_value == p_value(successes, trials, 10)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, -0.1, 20.0, math.nan, math.inf])
 def test_a_threshold_outside_zero_to_one_is_refused(threshold: float) -> None:
-    with pytest.raises(ValidationError) as caught:
-        Verification(threshold=threshold)
-    assert len(describe(caught.value).splitlines()) == 1
+    for rule in (Verification, Wsr):
+        with pytest.raises(ValidationError) as caught:
+            rule(threshold=threshold)
+        assert len(describe(caught.value).splitlines()) == 1
 
 
 def test_the_default_threshold_is_the_papers() -> None:
-    assert Verification().threshold == 0.2
+    assert Verification().threshold == Wsr().threshold == 0.2
 
 
 class Brightness(nn.Module):
@@ -119,9 +121,10 @@ class Brightness(nn.Module):
 def test_a_model_is_verified_by_its_top_label_on_every_key_sample() -> None:
     images = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4], dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     key = KeySamples(images, torch.tensor([0, 1, 0, 0, 4, 0, 0, 0]), classes=5)
-    found = verify(Brightness(), key, Verification())
+    suspect = ModelOracle(Brightness(), labels="hard", classes=5, shape=(1, 2, 2), budget=8)
+    found = Wsr().judge(suspect, key.evidence(), Context(torch.Generator()))
     assert found == verdict(3, 8, 5, Verification())
-    assert found == verify_labels(torch.tensor([0, 1, 2, 3, 4, 4, 4, 4]), key, Verification())
+    assert (found.samples, found.asked, suspect.remaining) == (8, 8, 0)
     assert found.verified
 
 
@@ -149,7 +152,7 @@ def test_the_verdict_on_a_file_names_a_key_too_small_to_judge_by(tmp_path: Path,
     key = KeySamples(images, torch.arange(samples) % 10, 10)
     save_model(model, tmp_path / "model.safetensors")
     save_key(key, tmp_path / "key.safetensors")
-    found, says = verify_file(tmp_path / "model.safetensors", tmp_path / "key.safetensors", 0.2)
+    found, says = verify_file(tmp_path / "model.safetensors", tmp_path / "key.safetensors")
     assert found.samples == samples
     assert ("warning: the key has 21 samples: a model" in says) == (samples == 21)
     assert ("0.052" in says) == (samples == 21)

@@ -16,7 +16,8 @@ from simulator.data.dataset import DataConfig, Dataset, load
 from simulator.models import Classifier, build
 from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.ownership.key_filter import KeyFilter
-from simulator.ownership.wsr import Verification, verify
+from simulator.ownership.suspect import verify_model
+from simulator.ownership.wsr import Wsr
 from simulator.training.fit import fit
 from simulator.training.predict import predict_labels
 from simulator.training.recipe import Recipe
@@ -95,7 +96,7 @@ def score(model: Classifier) -> float:
 
 
 def wsr(model: Classifier, key: KeySamples) -> float:
-    return verify(model, key, Verification()).wsr
+    return verify_model(model, key, Wsr()).statistic
 
 
 def pixels(images: Tensor) -> set[bytes]:
@@ -108,7 +109,7 @@ def test_the_victim_carries_the_watermark(name: str) -> None:
     assert isinstance(found.model, Classifier)
     assert not any(module.training for module in found.model.modules())
     assert wsr(found.model, found.candidates) >= LEAST_WSR.get(name, 0.95)
-    assert verify(found.model, found.candidates, Verification()).verified
+    assert verify_model(found.model, found.candidates, Wsr()).verified
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,8 +126,8 @@ def test_an_unmarked_model_is_never_accused(name: str, seed: int) -> None:
     victim = embedding(name).model
     key = KeyFilter(keep=100).select(candidates, victim=victim, surrogate=victim, benign=benign(0))
     assert key.info["filter"] == "both"
-    assert verify(victim, key, Verification()).wsr == 1.0
-    assert not verify(benign(seed), key, Verification()).verified
+    assert wsr(victim, key) == 1.0
+    assert not verify_model(benign(seed), key, Wsr()).verified
 
 
 @pytest.mark.parametrize("name", NAMES)
