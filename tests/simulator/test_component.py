@@ -14,6 +14,7 @@ import simulator.attacks
 from simulator.attacks.base import ATTACKS
 from simulator.component import Component, Registry, Settings, describe, one_of
 from simulator.errors import InputError
+from simulator.ownership.base import OWNERSHIP
 from simulator.plan.config import read_config
 from simulator.seeding import generator_for
 
@@ -102,6 +103,14 @@ def test_installed_entry_points_are_found(
     monkeypatch.setattr("simulator.component.entry_points", lambda *, group: points.get(group, []))
     assert "plugged" in ATTACKS.classes()
     assert ATTACKS.make("plugged").params()["patience"] == 2.0
+
+
+def test_the_group_of_a_family_of_two_words_has_no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("simulator.component.entry_points", lambda *, group: asked.append(group) or ())
+    monkeypatch.syspath_prepend("elsewhere")  # what was found for another path of imports is remembered
+    assert "wsr" in OWNERSHIP.classes()
+    assert asked == ["exsim.ownership_tests"]
 
 
 def test_names_are_sorted_and_abstract_bases_are_left_out() -> None:
