@@ -98,6 +98,7 @@ def test_every_preset_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) 
         ("watermarks", ["deeptracer", "Yang et al., AAAI 2026", "margin="]),
         ("removals", ["removals", "there are no removal attacks yet"]),
         ("detectors", ["prada", "Juuti et al., EuroS&P 2019", "delta=0.95"]),
+        ("ownership_tests", ["wsr_sequential", "threshold=0.2", "Yang et al., AAAI 2026"]),
         ("models", ["naivenet", "lenet5", "vit"]),
         ("datasets", ["digits", "cifar10", "no download"]),
         ("presets", ["digits", "fashion-mnist"]),
