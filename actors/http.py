@@ -1,6 +1,6 @@
 """The HTTP door: the prediction service as a web API, with bearer tokens and the same ledger.
 
-:class:`Door` is a plain class over :class:`~actors.replica.Victim` (checks, charges, answers); the routes only
+:class:`Door` is a plain class over :class:`~actors.replica.Replica` (checks, charges, answers); the routes only
 translate between it and HTTP, and :class:`HttpVictim` is the shell that Ray Serve deploys behind its HTTP proxy. The
 messages are those of :mod:`simulator.service.http`; every error is one :class:`~simulator.service.http.Problem`.
 """
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from actors.devices import Placement
 from actors.http_body import PredictRequest, Refusal, body_of, images_from_json, images_from_npy
-from actors.replica import MAX_PER_ACCOUNT, Victim
+from actors.replica import MAX_PER_ACCOUNT, Replica
 from simulator import __version__
 from simulator.errors import InputError
 from simulator.service.http import NPY, AccountInfo, ModelInfo, Prediction, Problem
@@ -38,15 +38,15 @@ class Door:
     """What the routes call: accounts by token, and queries answered by the victim.
 
     Args:
-        victim: checks, charges and answers.
+        replica: checks, charges and answers.
         ledger: handle of :class:`~actors.ledger.LedgerService`.
         model: what clients are told of the model.
         accounts: the accounts' names by the hash of their token.
     """
 
-    def __init__(self, victim: Victim, ledger: Any, model: ModelInfo, accounts: Mapping[str, str]) -> None:
+    def __init__(self, replica: Replica, ledger: Any, model: ModelInfo, accounts: Mapping[str, str]) -> None:
         self.model = model
-        self._victim, self._ledger, self._accounts = victim, ledger, dict(accounts)
+        self._replica, self._ledger, self._accounts = replica, ledger, dict(accounts)
         # as many queries of an account as the victim takes at once; the others wait here
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_PER_ACCOUNT))
 
@@ -69,7 +69,7 @@ class Door:
         number = ledger_key(key)
         account = self.account_of(token)
         async with self._turns[account]:
-            [(answer, grant)] = await self._victim.answer_with_grants([Query(account, token, number, images)])
+            [(answer, grant)] = await self._replica.answer_with_grants([Query(account, token, number, images)])
         if isinstance(answer, InputError):
             raise await self._refusal(answer, token, len(images))
         assert grant is not None
@@ -278,8 +278,8 @@ class HttpVictim:
         model: Mapping[str, Any],
         accounts: Mapping[str, str],
     ) -> None:
-        victim = Victim(ledger, shelf, placement)
-        self._door = Door(victim, ledger, ModelInfo.model_validate(model), accounts)
+        replica = Replica(ledger, shelf, placement)
+        self._door = Door(replica, ledger, ModelInfo.model_validate(model), accounts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve asks for when the replica starts."""

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
@@ -37,8 +36,9 @@ from simulator.errors import InputError
 from simulator.models import from_bytes
 from simulator.service.ledger import Grant, Request, Terms
 from simulator.service.log import QueryLog
-from simulator.service.query import MalformedQuery, Query, check_form, well_formed
+from simulator.service.query import MalformedQuery, Query
 from simulator.service.victim import Precision, VictimService
+from simulator.service.visit import Answer, Visit
 
 #: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
 MAX_ONGOING = 256
@@ -56,15 +56,11 @@ ROOM = 1 << 30
 MAX_QUEUED = 256
 
 
-#: the reply to one query: probability rows ``(B, K)``, or why it was refused
-Answer = NDArray[np.float32] | InputError
-
-
 class Busy(InputError):
     """The account has too many messages under way; nothing was charged, and the message may come again."""
 
 
-class Victim:
+class Replica:
     """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
 
     def __init__(
@@ -97,64 +93,66 @@ class Victim:
         """As :meth:`answer`, each with what the ledger granted: None where it was not asked, or refused."""
         if not isinstance(queries, list | tuple):
             raise MalformedQuery(f"message of type {type(queries).__name__}; allowed: a list of queries")
+        started = time.perf_counter()
+        visits = [Visit(query, started) for query in queries]
         # with the token, so that nobody can take the places of an account that is not theirs
-        owners = {(query.account, query.token) for query in queries if well_formed(query)}
+        owners = {(visit.query.account, visit.query.token) for visit in visits if visit.reply is None}
         if any(self._present[owner] >= MAX_PER_ACCOUNT for owner in owners):
             busy = Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica")
             return [(busy, None) for _ in queries]
         self._present.update(owners)
         try:
-            return await self._answered(queries)
+            return await self._answered(visits, started)
         finally:
             self._present.subtract(owners)
             for owner in owners:
                 if not self._present[owner]:
                     del self._present[owner]
 
-    async def _answered(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
-        started = time.perf_counter()
-        checked = [await self._checked(query) for query in queries]
-        requests = [request for request in checked if isinstance(request, Request)]
+    async def _answered(self, visits: Sequence[Visit], started: float) -> list[tuple[Answer, Grant | None]]:
+        requests = [request for visit in visits if (request := await self._admit(visit)) is not None]
         grants = iter(await self._teller.reserve(requests) if requests else ())
-        replies = [request if isinstance(request, InputError) else next(grants) for request in checked]
-        replied = await asyncio.gather(*(self._reply(*each) for each in zip(queries, replies, strict=True)))
+        for visit in visits:
+            if visit.reply is None:
+                visit.reply = next(grants)
+        replied = await asyncio.gather(*(self._reply(visit) for visit in visits))
         answers = [answer for answer, _ in replied]
-        self._tell(queries, answers, time.perf_counter() - started - sum(seconds for _, seconds in replied))
-        if self._log is not None:
-            for query, request, reply in zip(queries, checked, replies, strict=True):
-                if type(query) is Query:
-                    self._log.note(query, request.digest if isinstance(request, Request) else None, reply, started)
-        granted = [None if isinstance(reply, InputError) else reply for reply in replies]
+        self._tell(visits, answers, time.perf_counter() - started - sum(seconds for _, seconds in replied))
+        for visit in visits:
+            visit.note(self._log)
+        granted = [visit.reply if isinstance(visit.reply, Grant) else None for visit in visits]
         return list(zip(answers, granted, strict=True))
 
-    async def _reply(self, query: Query, granted: Grant | InputError) -> tuple[Answer, float]:
+    async def _reply(self, visit: Visit) -> tuple[Answer, float]:
         """The answer to a query, and the seconds that it took to compute."""
-        if isinstance(granted, InputError):
-            return granted, 0.0
-        terms = self._terms[query.account]
-        await self._load(terms.victim)  # others may have taken its place while the ledger was asked
-        answer = self._service.answering(terms.victim, terms.labels, query)
+        if not isinstance(visit.reply, Grant):
+            assert visit.reply is not None
+            return visit.reply, 0.0
+        assert visit.terms is not None
+        await self._load(visit.terms.victim)  # others may have taken its place while the ledger was asked
+        answer = visit.answering(self._service)
 
         def work() -> tuple[Answer, float]:
             clock = time.perf_counter()
             return answer(), time.perf_counter() - clock
 
-        return await self._worker.run(query.account, granted.count, work)
+        return await self._worker.run(visit.query.account, visit.reply.count, work)
 
-    def _tell(self, queries: Sequence[Query], answers: Sequence[Answer], waiting: float) -> None:
+    def _tell(self, visits: Sequence[Visit], answers: Sequence[Answer], waiting: float) -> None:
         """Counts a message in the metrics; in one go where all its queries are of one account, as a client's are."""
         tallies: dict[str, Tally] = {}
-        for query, answer in zip(queries, answers, strict=True):
+        for visit, answer in zip(visits, answers, strict=True):
             # what names no account that is open here belongs to nobody
-            account = query.account if well_formed(query) and query.account in self._terms else ""
+            account = visit.query.account if visit.terms is not None else ""
             tally = tallies.setdefault(account, Tally())
             if not isinstance(answer, InputError):
                 tally.answered += len(answer)
                 tally.asked += len(answer)
                 continue
             tally.refused += 1
-            if account and isinstance(query.images, np.ndarray) and query.images.ndim:
-                tally.asked += len(query.images)
+            images = visit.query.images if account else None
+            if isinstance(images, np.ndarray) and images.ndim:
+                tally.asked += len(images)
         for account, tally in tallies.items():
             victim = self._terms[account].victim if account else "unknown"
             self._metrics.tell(account, victim, tally, max(0.0, waiting))
@@ -165,23 +163,20 @@ class Victim:
         if log is not None:
             log.close()
 
-    async def _checked(self, query: Query) -> Request | InputError:
-        """What the ledger is asked for a query, or what is wrong with it."""
+    async def _admit(self, visit: Visit) -> Request | None:
+        """What the ledger is asked for a query; None where it was refused."""
+        if visit.reply is not None:
+            return None
         try:
-            check_form(query)
-        except MalformedQuery as malformed:
-            return malformed
-        try:
-            terms = await self._know(query.account)
+            terms = await self._know(visit.query.account)
         except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
             cause = innermost(refusal)
-            return cause if isinstance(cause, InputError) else refusal
+            visit.reply = cause if isinstance(cause, InputError) else refusal
+            return None
         await self._load(terms.victim)
-        try:
-            digest = self._service.check(terms.victim, query)
-        except MalformedQuery as malformed:
-            return malformed
-        return Request(query.account, query.token, query.key, len(query.images), digest)
+        with visit.deciding():
+            visit.admit(self._service, terms)
+        return visit.request
 
     async def _load(self, victim: str) -> None:
         """Takes a victim from the shelf, if it is not here. Nothing is awaited once it is."""
@@ -211,7 +206,7 @@ def deploy(
     precision: Precision = "full",
     attacks: Mapping[str, str] = NOTHING,
     log: ActorHandle[Any] | None = None,
-) -> DeploymentHandle[Victim]:
+) -> DeploymentHandle[Replica]:
     """Starts the service as a Serve application without an HTTP door; returns its handle.
 
     ``attacks`` has the attack's name of each account, for the metrics and the query log; ``log`` is an actor's
@@ -220,7 +215,7 @@ def deploy(
     # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
     serve.start(proxy_location="Disabled")
     deployment: Any = serve.deployment(
-        Victim,
+        Replica,
         name="victim",
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING,
@@ -228,7 +223,7 @@ def deploy(
         ray_actor_options=placement.options(),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    handle: DeploymentHandle[Victim] = serve.run(
+    handle: DeploymentHandle[Replica] = serve.run(
         deployment.bind(ledger, shelf, placement, precision, dict(attacks), log), name=name, route_prefix=None
     )
     return handle

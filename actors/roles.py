@@ -38,7 +38,7 @@ from simulator.training.predict import use_one_thread
 if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the trainer and the collector do without it
     from ray.serve.handle import DeploymentHandle
 
-    from actors.replica import Victim
+    from actors.replica import Replica
     from actors.transport import ServeTransport
 
 #: how often a call to the collector is made again after its death
@@ -84,7 +84,7 @@ class Attacker:
 
     def steal(
         self,
-        service: DeploymentHandle[Victim],
+        service: DeploymentHandle[Replica],
         theft: Stolen,
         tokens: dict[str, str],
         triggers: KeySamples | None,

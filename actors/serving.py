@@ -15,9 +15,10 @@ import re
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ OURS = {LOCK, "lock", "logs", "models", "ledger", "tokens.json"}
 REQUEST_SECONDS = 120.0
 #: seconds in which the door has to open
 OPEN_SECONDS = 120.0
+#: whether Serve's proxy can bind a port that another socket has bound, without listening, for it
+SHARED = sys.platform == "linux" and os.environ.get("SERVE_SOCKET_REUSE_PORT_ENABLED", "1") == "1"
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,9 @@ def served(
     data = file.read_bytes()
     victim = f"model-{digest_of(data)[:12]}"
     directory = directory or Path("runs") / f"serve_{victim}"
-    if not address:
-        port = free_port(host, port)
-    with held(directory):
+    with nullcontext(port) if address else port_for_serve(host, port) as number, held(directory):
         offer = prepare(data, victim, spec, directory, labels, budget, names)
-        with opened(offer, host, port, address) as url:
+        with opened(offer, host, number, address) as url:
             yield offer, url
 
 
@@ -246,24 +247,32 @@ def held(directory: Path) -> Iterator[None]:
         yield
 
 
-def free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+@contextmanager
+def port_for_serve(host: str, port: int) -> Iterator[int]:
+    """The port if it is free, or for 0 a free one, which is held inside the block.
 
-    Serve would share a busy port with another Serve, and the clients of the one would reach the other.
+    Serve would share a busy port with another Serve, and the clients of the one would reach the other. A held port is
+    bound, and nobody listens at it: the processes that Ray starts first cannot take it, and Serve can, because both
+    sockets have SO_REUSEPORT. Where Serve does not set that, nothing is held.
 
     Raises:
         InputError: the port is busy, or the host is none of this machine's.
     """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # what a closed server leaves waiting is no hindrance
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            probe.listen()
-            return int(probe.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+    with ExitStack() as stack:
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            held = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            hold = SHARED and port == 0
+            # SO_REUSEADDR, as what a closed server leaves waiting is no hindrance; others could take a held port by it
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if hold else socket.SO_REUSEADDR, 1)
+            held.bind((host, port))
+            port = int(held.getsockname()[1])
+            if not hold:
+                held.listen()
+                held.close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+        yield port
 
 
 @contextmanager

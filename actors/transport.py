@@ -13,9 +13,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.failures import innermost
-from actors.replica import Answer, Busy, Victim
+from actors.replica import Busy, Replica
 from simulator.errors import InputError
 from simulator.service.query import MAX_BYTES, Query
+from simulator.service.visit import Answer
 
 #: messages that one client has under way
 WINDOW = 2
@@ -37,7 +38,7 @@ PATIENCE = 900.0
 LEAST_TRIES = 3
 
 
-def direct(handle: DeploymentHandle[Victim]) -> DeploymentHandle[Victim]:
+def direct(handle: DeploymentHandle[Replica]) -> DeploymentHandle[Replica]:
     """The handle with arguments sent by value over gRPC: 1.6 times the rate of the default at 256 images a query.
 
     The option is not public; a Ray without it keeps the default transport.
@@ -52,7 +53,7 @@ class ServeTransport:
     """Sends queries to the service, a few messages at a time, and asks again for what a killed replica left
     unanswered."""
 
-    def __init__(self, handle: DeploymentHandle[Victim], window: int = WINDOW, patience: float = PATIENCE) -> None:
+    def __init__(self, handle: DeploymentHandle[Replica], window: int = WINDOW, patience: float = PATIENCE) -> None:
         self._handle, self._window, self._patience = direct(handle), window, patience
         self._width = 0
 

@@ -94,7 +94,7 @@ class Limit:
         start, cpu = time.perf_counter(), time.thread_time()
         for number in range(batches):
             query = Query("limit", TOKEN, number, self._pool[number % len(self._pool)])
-            self._service.check(VICTIM, query)
+            self._service.check(VICTIM, query.images)
             self._service.answer(VICTIM, "soft", query)
         count = batches * CHUNK
         return Rate(count / (time.perf_counter() - start), count / (time.thread_time() - cpu))

@@ -19,8 +19,10 @@ from simulator.errors import InputError
 from simulator.files import Folder, write_atomically
 from simulator.tensorfile import decode, encode
 
-#: seconds of work that a kill may cost
+#: seconds of work that a kill may cost; more, where saving takes long
 INTERVAL = 10.0
+#: seconds of work to each second of saving, at least: saving takes a twentieth of the time at most
+RATIO = 20.0
 
 #: tensors, and values that JSON can hold
 State = dict[str, Any]
@@ -61,13 +63,17 @@ NO_CHECKPOINT = NoCheckpoint()
 
 
 class TimedCheckpoint:
-    """Keeps the state as bytes, at most every ``interval`` seconds, wherever ``read`` and ``write`` put them."""
+    """Keeps the state as bytes, at most every ``interval`` seconds, wherever ``read`` and ``write`` put them.
+
+    A large state is kept less often: after a saving, :data:`RATIO` times as long as it took goes by until the next.
+    What it took counts from the step that found it due to the end of the write. An interval of 0 saves at every step.
+    """
 
     def __init__(
         self, read: Callable[[], bytes | None], write: Callable[[bytes], object], interval: float = INTERVAL
     ) -> None:
         self._read, self._write, self._interval = read, write, interval
-        self._saved = time.monotonic()
+        self._saved, self._pause, self._due = time.monotonic(), interval, 0.0
 
     def load(self) -> State | None:
         """See :class:`Checkpoint`. One that is damaged is none: the work begins anew, and what was asked is paid."""
@@ -79,12 +85,17 @@ class TimedCheckpoint:
 
     def due(self) -> bool:
         """See :class:`Checkpoint`."""
-        return time.monotonic() - self._saved >= self._interval
+        now = time.monotonic()
+        self._due = now if now - self._saved >= self._pause else 0.0
+        return bool(self._due)
 
     def save(self, state: State) -> None:
         """See :class:`Checkpoint`."""
+        begun, self._due = self._due or time.monotonic(), 0.0
         self._write(to_bytes(state))
         self._saved = time.monotonic()
+        if self._interval:
+            self._pause = max(self._interval, RATIO * (self._saved - begun))
 
 
 def to_bytes(state: State) -> bytes:

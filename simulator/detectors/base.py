@@ -4,9 +4,9 @@ A detector detects and does nothing else: no query is refused because of it, so 
 both what it stole and when it would have been noticed.
 
 It sees what the service sees: each account's images in the order in which the account asks them (its keys count that
-order), and the labels answered. It is run beside the account's client
-(:class:`simulator.service.oracle.ServiceOracle`), not in the replicas: several replicas that answer one account, or one
-that is killed, would each see some of its queries, in an order that depends on scheduling.
+order), and the labels answered. It is run beside the account's client, as a listener of its
+:class:`simulator.service.oracle.ServiceOracle`, and not in the replicas: several replicas that answer one account, or
+one that is killed, would each see some of its queries, in an order that depends on scheduling.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
+from simulator.checkpoint import State
 from simulator.component import Component, Registry, Settings
 
 
@@ -34,6 +35,20 @@ class Watch(ABC):
     queries: int = 0
     detected_at: int | None = None
     statistic: float | None = None
+
+    def hear(self, images: Tensor, answers: Tensor) -> None:
+        """Takes a paid batch of the client: :meth:`see` with the top-1 labels of the answers ``(B, K)``."""
+        self.see(images, answers.argmax(1))
+
+    def state(self) -> State:
+        """What the watch knows, for a checkpoint. Watches that know more than the attributes add it."""
+        return {"queries": self.queries, "detected_at": self.detected_at, "statistic": self.statistic}
+
+    def restore(self, state: State) -> None:
+        """Goes back to a :meth:`state`; from there the watch finds to the bit what it would have found."""
+        self.queries, self.detected_at, self.statistic = (
+            state[name] for name in ("queries", "detected_at", "statistic")
+        )
 
     @abstractmethod
     def see(self, images: Tensor, labels: Tensor) -> None:

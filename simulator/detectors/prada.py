@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from simulator.checkpoint import State
 from simulator.detectors.base import Detector, Watch
 
 #: queries worked through at once: more cost memory, fewer time
@@ -82,6 +83,19 @@ class _Class:
         self.threshold = max(self.threshold, self.mean - math.sqrt(self.squares / self.size))
 
 
+def packed(rows: Tensor) -> Tensor:
+    """float64 rows in the smallest of uint8 (times 255), float32 and float64 that holds them to the bit."""
+    for small in ((rows * 255).round().to(torch.uint8), rows.to(torch.float32)):
+        if torch.equal(unpacked(small), rows):
+            return small
+    return rows
+
+
+def unpacked(rows: Tensor) -> Tensor:
+    """The rows that :func:`packed` was given, in memory of their own."""
+    return rows.to(torch.float64) / 255 if rows.dtype == torch.uint8 else rows.to(torch.float64, copy=True)
+
+
 class _Watch(Watch):
     """One client: its classes, and the distances D with the class of each."""
 
@@ -99,6 +113,25 @@ class _Watch(Watch):
                 continue
             rows = part.detach().cpu().flatten(1).to(torch.float64)
             self._see(rows / 255 if part.dtype == torch.uint8 else rows, classes.tolist())
+
+    def state(self) -> State:
+        """See :class:`Watch`. The growing sets are most of it: a byte a value where uint8 images were asked."""
+        sets = {f"set.{label}": packed(known.kept[: known.size]) for label, known in self._classes.items()}
+        numbers = [
+            [label, known.threshold, known.distances, known.mean, known.squares]
+            for label, known in self._classes.items()
+        ]
+        of = torch.tensor(self._of, dtype=torch.int64)
+        distances = torch.tensor(self._distances, dtype=torch.float64)
+        return {**super().state(), **sets, "classes": numbers, "distances": distances, "of": of}
+
+    def restore(self, state: State) -> None:
+        """See :class:`Watch`."""
+        super().restore(state)
+        self._distances, self._of, self._classes = state["distances"].tolist(), state["of"].tolist(), {}
+        for label, *numbers in state["classes"]:
+            kept = unpacked(state[f"set.{label}"])
+            self._classes[label] = _Class(kept, len(kept), *numbers)
 
     def _see(self, rows: Tensor, classes: list[int]) -> None:
         nearest = _Nearest(rows, classes, self._classes)

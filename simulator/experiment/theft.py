@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -14,14 +14,23 @@ from torch import nn
 from simulator.attacks.base import NO_SNAPSHOTS, Snapshots
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
 from simulator.data.dataset import Dataset
-from simulator.detectors.base import Detection, Detector, watches
+from simulator.detectors.base import Detection, Detector, detections, watches
 from simulator.experiment.world import World
 from simulator.models import Classifier, build, from_bytes, to_bytes
 from simulator.ownership.key import KeySamples
 from simulator.plan.subjects import Stolen
 from simulator.progress import Progress, prefixed, silent
 from simulator.seeding import generator_for
-from simulator.service.oracle import AllowanceOracle, ModelOracle, Oracle, ServiceOracle, SharedOracle, Transport
+from simulator.service.oracle import (
+    AllowanceOracle,
+    Listener,
+    ModelOracle,
+    Oracle,
+    ServiceOracle,
+    SharedOracle,
+    Transport,
+)
+from simulator.service.recording import Recording
 
 
 def build_surrogate(
@@ -112,17 +121,21 @@ class Curve:
 
 
 class AttackerCheckpoint:
-    """An attacker's checkpoint: the attack's state together with its oracles' counters and its curve."""
+    """An attacker's checkpoint: the attack's state together with its oracles' counters, their listeners' states, and
+    its curve."""
 
     def __init__(self, inner: Checkpoint, oracles: Sequence[ServiceOracle], curve: Curve) -> None:
         self._inner, self._oracles, self._curve = inner, oracles, curve
 
     def load(self) -> State | None:
-        """See :class:`Checkpoint`; sets the oracles and the curve back to where they were."""
+        """See :class:`Checkpoint`; sets the oracles, their listeners and the curve back to where they were."""
         state = self._inner.load()
         if state is not None:
             for oracle, counters in zip(self._oracles, state.pop("oracles"), strict=True):
                 oracle.restore(*counters)
+            for prefix, listener in self._listeners():
+                names = [name for name in state if name.startswith(prefix)]
+                listener.restore({name.removeprefix(prefix): state.pop(name) for name in names})
             for queries in state.pop("curve"):
                 data = state.pop(f"curve.{queries}")
                 self._curve.models[queries] = from_bytes(data.numpy().tobytes())
@@ -139,7 +152,16 @@ class AttackerCheckpoint:
             for queries, model in self._curve.models.items()
         }
         counters = [list(oracle.counters()) for oracle in self._oracles]
-        self._inner.save({**state, **models, "curve": list(self._curve.models), "oracles": counters})
+        heard = {
+            prefix + name: value for prefix, listener in self._listeners() for name, value in listener.state().items()
+        }
+        self._inner.save({**state, **models, **heard, "curve": list(self._curve.models), "oracles": counters})
+
+    def _listeners(self) -> Iterator[tuple[str, Listener]]:
+        """Every listener, with what its entries' names begin with."""
+        for number, oracle in enumerate(self._oracles):
+            for place, listener in enumerate(oracle.listeners):
+                yield f"listener.{number}.{place}.", listener
 
 
 def run_scenario(
@@ -157,13 +179,12 @@ def run_scenario(
 ) -> Theft:
     """Runs a scenario against a prediction service, whose accounts are already open; ``tokens`` has the secret of each.
 
-    With ``record``, the transfer sets are kept; with ``detectors``, each account is watched. What was asked before an
-    attack went on from a checkpoint would be missing from both, so the checkpoint is left alone then: a theft that is
-    started again begins anew, and pays nothing twice.
+    With ``record``, the transfer sets are kept; with ``detectors``, each account is watched. Both are in the
+    checkpoint, so a theft that goes on from there gives what an uninterrupted one gives.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    if record or detectors:
-        checkpoint = NO_CHECKPOINT
+    watched = {account: watches(detectors) for account in scenario.accounts}
+    recorded = {account: Recording(world.dataset.classes) for account in scenario.accounts if record}
     oracles = [
         ServiceOracle(
             transport,
@@ -173,8 +194,7 @@ def run_scenario(
             classes=world.dataset.classes,
             shape=world.shape,
             budget=budget,
-            record=record,
-            watched=watches(detectors),
+            listeners=[*(watch for _, watch in watched[account]), *([recorded[account]] if record else [])],
         )
         for account, budget in scenario.accounts.items()
     ]
@@ -182,8 +202,8 @@ def run_scenario(
     curve = Curve(scenario.stages[0].curve)
     keeper = AttackerCheckpoint(checkpoint, oracles, curve)
     model = steal(scenario, world, oracle, triggers, device, progress, keeper, curve)
-    transfer_sets = {each.account: each.transfer_set() for each in oracles if each.asked} if record else {}
+    transfer_sets = {each.account: recorded[each.account].transfer_set() for each in oracles if record and each.asked}
     queries = sum(each.asked for each in oracles)
     seconds = time.perf_counter() - clock
-    found = tuple(detection for each in oracles for detection in each.detections())
+    found = tuple(detection for account in watched for detection in detections(account, watched[account]))
     return Theft(model, queries, seconds, started, transfer_sets, tuple(sorted(curve.models.items())), found)

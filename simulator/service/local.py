@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 from simulator.service.ledger import Ledger
 from simulator.service.log import QueryLog
-from simulator.service.query import Query, check_form
+from simulator.service.query import Query
 from simulator.service.victim import VictimService
+from simulator.service.visit import Visit
 
 
 class LocalTransport:
@@ -27,19 +28,15 @@ class LocalTransport:
             MalformedQuery: something is wrong with the query.
             Refused: the ledger does not pay for it.
         """
-        started, digest = time.perf_counter(), None
-        try:
-            check_form(query)
-            terms = self._ledger.terms(query.account)
-            digest = self._service.check(terms.victim, query)
-            grant = self._ledger.reserve(query.account, query.token, query.key, len(query.images), digest)
-        except InputError as refusal:
-            if self._log is not None and type(query) is Query:
-                self._log.note(query, digest, refusal, started)
-            raise
-        answer = self._service.answer(terms.victim, terms.labels, query)
-        if self._log is not None:
-            self._log.note(query, digest, grant, started)
+        visit = Visit(query, time.perf_counter())
+        if visit.reply is None:
+            with visit.deciding():
+                request = visit.admit(self._service, self._ledger.terms(query.account))
+                (visit.reply,) = self._ledger.reserve_all([request])
+        answer = visit.refusal or visit.answering(self._service)()
+        visit.note(self._log)
+        if isinstance(answer, InputError):
+            raise answer
         return answer
 
     def send_all(self, queries: list[Query]) -> list[NDArray[np.float32]]:

@@ -36,7 +36,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,9 +44,7 @@ import pyarrow.parquet as pq
 from simulator.errors import InputError
 from simulator.files import Folder
 from simulator.service.ledger import Grant, Ledger, Refused
-
-if TYPE_CHECKING:
-    from simulator.service.query import Query
+from simulator.service.query import Query
 
 #: entries in one part file, at most
 ROWS = 4096

@@ -56,15 +56,6 @@ def check_form(query: object) -> None:
         raise MalformedQuery(f"query key {'below 0' if query.key < 0 else 'too large'}; allowed: 0 to {KEYS - 1}")
 
 
-def well_formed(query: object) -> bool:
-    """Whether :func:`check_form` finds nothing wrong with a query."""
-    try:
-        check_form(query)
-    except MalformedQuery:
-        return False
-    return True
-
-
 def check_images(images: object, channels: int, size: int) -> NDArray[np.generic]:
     """The images, if a victim with such an input can answer them.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from simulator.models import Classifier
 from simulator.service.answers import answer_policy
 from simulator.service.ledger import digest_of
-from simulator.service.query import MAX_BYTES, MalformedQuery, Query, check_form, check_images
+from simulator.service.query import MAX_BYTES, MalformedQuery, Query, check_images
 from simulator.training.predict import predict
 
 #: ``half`` answers in 16 bits where that is faster, which is on a GPU; elsewhere it is the same as ``full``
@@ -64,15 +64,14 @@ class VictimService:
         while self._room is not None and len(self._models) > 1 and sum(map(_size, self._models.values())) > self._room:
             self._models.popitem(last=False)
 
-    def check(self, victim: str, query: Query) -> str:
-        """Checks the images against the victim's input; returns their digest.
+    def check(self, victim: str, images: object) -> str:
+        """Checks images against the victim's input; returns their digest.
 
         Raises:
-            MalformedQuery: see :func:`check_form` and :func:`check_images`, or an answer too large for a message.
+            MalformedQuery: see :func:`check_images`, or an answer too large for a message.
         """
-        check_form(query)
         spec = self._models[victim].spec
-        images = check_images(query.images, spec.channels, spec.size)
+        images = check_images(images, spec.channels, spec.size)
         most = max(1, MAX_BYTES // (4 * spec.classes))
         if len(images) > most:
             raise MalformedQuery(f"query of {len(images)} images; allowed: 1..{most}, with {spec.classes} classes each")

@@ -21,7 +21,7 @@ from actors.devices import Placement
 from actors.http import Door, build_app
 from actors.http_body import MAX_BODY
 from actors.ledger import LedgerService
-from actors.replica import Victim
+from actors.replica import Replica
 from actors.stores import Shelf
 from simulator.models import build, save_model
 from simulator.seeding import generator_for
@@ -100,7 +100,7 @@ def open_door(folder: Path) -> Iterator[Site]:
     """The door in front of :data:`MODEL`, with its ledger in a folder."""
     save_model(MODEL, folder / "models" / "v.safetensors")
     ledger = LedgerService(str(folder / "ledger.log"), False)
-    victim = Victim(Here(ledger), Here(Shelf(str(folder))), Placement(False, 0.5))  # type: ignore[arg-type]
+    victim = Replica(Here(ledger), Here(Shelf(str(folder))), Placement(False, 0.5))  # type: ignore[arg-type]
     info = ModelInfo(shape=[1, 8, 8], classes=10, labels="soft", max_batch=MAX_BATCH, max_bytes=MAX_BODY)
     door = Door(victim, Here(ledger), info, {})
     with listening(build_app(door)) as url:

@@ -19,7 +19,7 @@ from ray.util.metrics import Metric
 
 from actors.devices import Placement
 from actors.ledger import LedgerActor, LedgerService
-from actors.replica import Victim, deploy
+from actors.replica import Replica, deploy
 from actors.stores import Shelf, ShelfActor
 from actors.transport import ServeTransport
 from simulator.errors import InputError
@@ -66,7 +66,7 @@ def test_a_message_is_told_in_one_go_with_what_was_answered_and_refused(
     ledger = LedgerService(str(run_dir / "ledger.log"), False)
     asyncio.run(ledger.open({"a": TERMS, "b": TERMS}))
     handles: Any = Handle(ledger), Handle(Shelf(str(run_dir)))
-    victim = Victim(*handles, Placement(False, 1.0), attacks={"a": "knockoff"})
+    victim = Replica(*handles, Placement(False, 1.0), attacks={"a": "knockoff"})
     malformed = np.zeros((3, 1, 9, 9), np.uint8)
     message = [
         Query("a", TOKEN, 0, IMAGES),
@@ -100,7 +100,7 @@ def test_attacks_of_accounts_that_came_later_are_those_that_the_ledger_was_told(
     """As in a sweep, whose service starts before there are trials."""
     ledger = LedgerService(str(run_dir / "ledger.log"), False)
     handles: Any = Handle(ledger), Handle(Shelf(str(run_dir)))
-    victim = Victim(*handles, Placement(False, 1.0))
+    victim = Replica(*handles, Placement(False, 1.0))
     asyncio.run(ledger.open({"a": TERMS}, {"a": "distillation"}))
     asyncio.run(victim.answer([Query("a", TOKEN, 0, IMAGES)]))
     assert {tags["attack"] for _, _, tags in recorded} == {"distillation"}
@@ -111,7 +111,7 @@ def test_a_victim_that_made_room_is_taken_from_the_shelf_again(run_dir: Path, mo
     save_model(build("naivenet", channels=1, size=8, classes=10), run_dir / "models" / "v-2.safetensors")
     ledger = LedgerService(str(run_dir / "ledger.log"), False)
     handles: Any = Handle(ledger), Handle(Shelf(str(run_dir)))
-    victim = Victim(*handles, Placement(False, 1.0))
+    victim = Replica(*handles, Placement(False, 1.0))
     asyncio.run(ledger.open({"a": TERMS, "b": replace(TERMS, victim="v-2")}))
     alone = [asyncio.run(victim.answer([Query(name, TOKEN, 0, IMAGES)])) for name in ("a", "b")]
     # both in one message: the second is taken while the first waits for the ledger

@@ -16,7 +16,7 @@ import pytest
 import requests
 import torch
 
-from actors.serving import account_names, held, prepare
+from actors.serving import SHARED, account_names, held, port_for_serve, prepare
 from simulator.cli import main
 from simulator.errors import InputError
 from simulator.models import load_model, save_model
@@ -121,6 +121,50 @@ def test_what_cannot_be_served_is_one_line(
         assert main(["serve", "--model", "model", "--budget", "9", "--port", "0", *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines()), word in err) == ("", 1, True), err
+
+
+def listening(port: int, *options: int) -> socket.socket:
+    server = socket.socket()
+    for option in options:
+        server.setsockopt(socket.SOL_SOCKET, option, 1)
+    try:
+        server.bind(("127.0.0.1", port))
+        server.listen()
+    except OSError:
+        server.close()
+        raise
+    return server
+
+
+@pytest.mark.skipif(not SHARED, reason="Serve does not share ports here")
+def test_a_free_port_is_serves_alone_until_it_opens() -> None:
+    """Others cannot take it; who binds it as Serve does gets every connection."""
+    with port_for_serve("127.0.0.1", 0) as port, port_for_serve("127.0.0.1", 0) as other:
+        assert port != other
+        for options in ([], [socket.SO_REUSEADDR]):
+            with pytest.raises(OSError, match="in use"):
+                listening(port, *options)
+        with pytest.raises(InputError, match=f"--port {port}: .*in use"), port_for_serve("127.0.0.1", port):
+            pass
+        with listening(port, socket.SO_REUSEADDR, socket.SO_REUSEPORT) as server:
+            server.settimeout(10)
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", port), timeout=10):
+                    server.accept()[0].close()
+    with listening(other):
+        pass
+
+
+def test_a_named_port_is_left_to_serve_once_it_was_found_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening(0) as server:
+        busy = server.getsockname()[1]
+        with pytest.raises(InputError, match="in use"), port_for_serve("127.0.0.1", busy):
+            pass
+    with port_for_serve("127.0.0.1", busy) as port, listening(port):
+        assert port == busy
+    monkeypatch.setattr("actors.serving.SHARED", False)
+    with port_for_serve("127.0.0.1", 0) as port, listening(port):
+        assert port > 0
 
 
 @pytest.mark.ray

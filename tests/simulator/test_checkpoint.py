@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from simulator.checkpoint import CheckpointFolder, FileCheckpoint, from_bytes, pack, to_bytes, unpack
+from simulator.checkpoint import CheckpointFolder, FileCheckpoint, TimedCheckpoint, from_bytes, pack, to_bytes, unpack
 from simulator.errors import InputError
 from simulator.models import build
 from simulator.seeding import generator_for
@@ -127,3 +127,25 @@ def test_nothing_saved_is_nothing_loaded(tmp_path: Path) -> None:
     folder.clear("x")
     folder.clear("x")
     assert folder.read("x") is None
+
+
+def test_saving_takes_a_small_part_of_the_time_however_large_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that takes three seconds to gather and to write is saved a minute after the last saving ended."""
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def write(_: bytes) -> None:
+        clock[0] += 2
+
+    checkpoint = TimedCheckpoint(lambda: None, write, interval=10)
+    clock[0] += 10
+    assert checkpoint.due()
+    clock[0] += 1  # in which the state is gathered
+    checkpoint.save({})
+    clock[0] += 59
+    assert not checkpoint.due()
+    clock[0] += 1
+    assert checkpoint.due()
+    often = TimedCheckpoint(lambda: None, write, interval=0)
+    often.save({})
+    assert often.due()

@@ -6,7 +6,10 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from simulator.checkpoint import from_bytes, to_bytes
 from simulator.data.dataset import DataConfig, load
 from simulator.detectors.base import DETECTORS, Detector, Watch
 
@@ -42,6 +45,31 @@ def test_the_cut_into_calls_and_the_type_of_the_pixels_change_nothing(detector: 
     assert found[0][:2] == found[1][:2] == found[2][:2]
     assert found[0][2] == pytest.approx(found[1][2], abs=1e-6) == pytest.approx(found[2][2], abs=1e-6)
     assert found[0][0] == 500
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=8), st.sets(st.integers(0, 7)), st.booleans())
+@settings(max_examples=20)
+def test_a_watch_that_goes_on_from_a_checkpoint_is_the_unbroken_one(
+    sizes: list[int], cuts: set[int], as_float: bool
+) -> None:
+    """It is cut before the batches of these numbers; what it had in a checkpoint is never changed afterwards."""
+    images, labels = DIGITS.attacker.images, DIGITS.attacker.labels
+    images = images / 255 if as_float else images
+    for name in NAMES:
+        detector = DETECTORS.make(name)
+        whole, broken, start = detector.watch(), detector.watch(), 0
+        for number, size in enumerate(sizes):
+            if number in cuts:
+                kept = to_bytes(before := broken.state())
+                broken.see(images[:40], labels[:40])
+                assert to_bytes(before) == kept
+                broken = detector.watch()
+                broken.restore(from_bytes(kept))
+            for watch in (whole, broken):
+                watch.hear(images[start : start + size], torch.eye(10)[labels[start : start + size]])
+            start += size
+            assert state(broken) == state(whole)
+        assert to_bytes(broken.state()) == to_bytes(whole.state())
 
 
 def test_clients_do_not_touch_each_other_nor_their_images(detector: Detector) -> None:

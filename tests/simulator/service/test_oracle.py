@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from simulator.checkpoint import from_bytes, to_bytes
 from simulator.errors import InputError
 from simulator.models import Classifier, build
 from simulator.seeding import generator_for
@@ -20,12 +21,14 @@ from simulator.service.oracle import (
     MAX_BYTES,
     AllowanceOracle,
     BudgetExhausted,
+    Listener,
     ModelOracle,
     Oracle,
     ServiceOracle,
     SharedOracle,
 )
 from simulator.service.query import Query
+from simulator.service.recording import Recording
 from simulator.service.victim import VictimService
 from simulator.training.predict import predict
 
@@ -43,10 +46,17 @@ class Shop:
         service.add("v", self.model)
         self.transport = LocalTransport(service, self.ledger)
 
-    def oracle(self, labels: str = "soft", budget: int = BUDGET, record: bool = False) -> ServiceOracle:
+    def oracle(self, labels: str = "soft", budget: int = BUDGET, listener: Listener | None = None) -> ServiceOracle:
         self.ledger.open(labels, Terms("v", labels, budget, hash_token("secret")))
         return ServiceOracle(
-            self.transport, labels, "secret", labels=labels, classes=3, shape=SHAPE, budget=budget, record=record
+            self.transport,
+            labels,
+            "secret",
+            labels=labels,
+            classes=3,
+            shape=SHAPE,
+            budget=budget,
+            listeners=[listener] if listener else [],
         )
 
 
@@ -112,7 +122,7 @@ def test_large_images_go_in_smaller_chunks(side: int, dtype: torch.dtype, sizes:
 @pytest.mark.parametrize(("classes", "sizes"), [(3072, [256, 44]), (3073, [255, 45]), (100_000, [7] * 42 + [6])])
 def test_wide_answers_come_in_smaller_chunks(classes: int, sizes: list[int]) -> None:
     transport = Recorder()
-    oracle = ServiceOracle(transport, "a", "t", labels="soft", classes=classes, shape=SHAPE, budget=300, record=True)
+    oracle = ServiceOracle(transport, "a", "t", labels="soft", classes=classes, shape=SHAPE, budget=300)
     oracle.query(images(300))
     assert [len(query.images) for query in transport.sent] == sizes
     assert all(4 * classes * size <= MAX_BYTES for size in sizes)
@@ -186,13 +196,14 @@ def test_gradients_do_not_reach_the_victim(shop: Shop) -> None:
 )
 def test_the_transfer_set_proves_what_was_paid_for(kinds: list[str], shop: Shop) -> None:
     """The ledger's digests can be computed again from the file."""
-    oracle, answers = shop.oracle(record=True), []
+    recording, answers = Recording(3), []
+    oracle = shop.oracle(listener=recording)
     for number, kind in enumerate(kinds):
         asked = images(260 + number, number, dtype=torch.uint8 if kind == "uint8" else torch.float32)
         if kind == "channels last":
             asked = asked.expand(-1, 1, -1, -1).contiguous(memory_format=torch.channels_last)
         answers.append(oracle.query(asked))
-    kept = load(oracle.transfer_set())
+    kept = load(recording.transfer_set())
     assert set(kept) == {"images", "answers", "chunks", "uint8"}
     assert torch.equal(kept["answers"], torch.cat(answers))
     assert len(kept["images"]) == shop.ledger.spent("soft") == kept["chunks"].sum()
@@ -207,15 +218,46 @@ def test_the_transfer_set_proves_what_was_paid_for(kinds: list[str], shop: Shop)
 
 
 def test_what_was_asked_is_kept_as_it_was(shop: Shop) -> None:
-    oracle, asked = shop.oracle(record=True), images(5)
-    oracle.query(asked)
+    recording, asked = Recording(3), images(5)
+    shop.oracle(listener=recording).query(asked)
     before = asked.clone()
     asked.zero_()
-    assert torch.equal(load(oracle.transfer_set())["images"], before)
+    assert torch.equal(load(recording.transfer_set())["images"], before)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.booleans()), max_size=6), st.sets(st.integers(0, 6)))
+def test_a_recording_that_goes_on_from_a_checkpoint_is_the_unbroken_one(
+    batches: list[tuple[int, bool]], cuts: set[int]
+) -> None:
+    """It is cut before the batches of these numbers; what it had in a checkpoint is never changed afterwards."""
+    whole, broken = Recording(2), Recording(2)
+    for number, (count, as_float) in enumerate(batches):
+        if number in cuts:
+            kept = to_bytes(state := broken.state())
+            broken.hear(images(3), torch.zeros(3, 2))
+            assert to_bytes(state) == kept
+            broken = Recording(2)
+            broken.restore(from_bytes(kept))
+        asked = images(count, number, dtype=torch.float32 if as_float else torch.uint8)
+        for recording in (whole, broken):
+            recording.hear(asked, torch.full((count, 2), 0.5) + number)
+    assert broken.transfer_set() == whole.transfer_set()
+
+
+def test_a_checkpoint_packs_what_was_heard_once(shop: Shop) -> None:
+    recording = Recording(3)
+    oracle = shop.oracle(listener=recording)
+    for number in range(3):
+        oracle.query(images(20, number))
+    first = recording.state()
+    oracle.query(images(5))
+    second = recording.state()
+    assert second["images.0"] is first["images.0"]
+    assert (len(first["images.0"]), len(second["images.1"]), second["packs"]) == (60, 5, 2)
 
 
 def test_a_thief_who_asked_nothing_has_an_empty_transfer_set(shop: Shop) -> None:
-    kept = load(shop.oracle(record=True).transfer_set())
+    kept = load(Recording(3).transfer_set())
     assert {name: len(tensor) for name, tensor in kept.items()} == {"images": 0, "answers": 0, "chunks": 0, "uint8": 0}
 
 

@@ -13,7 +13,7 @@ from simulator.seeding import generator_for
 from simulator.service.answers import answer_policy
 from simulator.service.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.service.local import LocalTransport
-from simulator.service.query import MAX_BATCH, MAX_BYTES, MalformedQuery, Query, check_images, well_formed
+from simulator.service.query import MAX_BATCH, MAX_BYTES, MalformedQuery, Query, check_form, check_images
 from simulator.service.victim import HALF_TOLERANCE, VictimService
 from simulator.training.predict import predict
 
@@ -232,9 +232,10 @@ def test_an_answer_that_does_not_fit_into_a_message_is_refused_before_it_is_paid
 
 @pytest.mark.parametrize("account", [None, 3, b"soft", ["soft"]])
 def test_names_must_be_text(account: Any) -> None:
-    assert well_formed(query(images(1)))
-    assert not well_formed(query(images(1), account=account))
-    assert not well_formed(query(images(1), token=account))
+    check_form(query(images(1)))
+    for wrong in (query(images(1), account=account), query(images(1), token=account)):
+        with pytest.raises(MalformedQuery, match="allowed: text"):
+            check_form(wrong)
 
 
 def conv_service(**options: Any) -> VictimService:

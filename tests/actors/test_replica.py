@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import os
 import signal
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -22,7 +24,7 @@ from ray import serve
 
 from actors.devices import Placement
 from actors.ledger import LedgerActor, LedgerService
-from actors.replica import MAX_PER_ACCOUNT, Busy, Victim, deploy
+from actors.replica import MAX_PER_ACCOUNT, Busy, Replica, deploy
 from actors.stores import Shelf, ShelfActor
 from actors.transport import ServeTransport, direct
 from simulator.errors import InputError
@@ -30,6 +32,7 @@ from simulator.models import build, save_model
 from simulator.seeding import generator_for
 from simulator.service.ledger import Ledger, Terms, hash_token
 from simulator.service.local import LocalTransport
+from simulator.service.log import QueryLog
 from simulator.service.oracle import ServiceOracle
 from simulator.service.query import Query
 from simulator.service.victim import VictimService
@@ -110,7 +113,7 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Service:
     """The same deployment in Serve's local testing mode, without any Ray."""
     OBJECTS["ledger"] = LedgerService(str(tmp_path_factory.mktemp("ledger") / "ledger.log"), False)
     OBJECTS["shelf"] = Shelf(shelved(tmp_path_factory.mktemp("shelf")))
-    app: Any = serve.deployment(Victim)
+    app: Any = serve.deployment(Replica)
     app = app.bind(Here("ledger"), Here("shelf"), Placement(False, 0.5))
     handle = serve.run(app, name="local", route_prefix=None, _local_testing_mode=True)
     return Service(handle, Here("ledger"), "local", asyncio.run)
@@ -197,6 +200,54 @@ def test_the_ledgers_refusals_reach_the_client_and_charge_nothing(service: Servi
         service.ask(Query(account, TOKEN, 0, GOOD[::-1]))
     assert np.array_equal(service.ask(Query(account, TOKEN, 0, GOOD)), first)
     assert service.spent(account) == 4
+
+
+def test_refusals_and_log_entries_are_those_of_the_plain_loop(in_process: Service, tmp_path: Path) -> None:
+    account, folder = in_process.open(budget=6), tmp_path / "ledger.log"
+    queries: list[Any] = [
+        Query(account, TOKEN, 0, GOOD),
+        Query(account, TOKEN, 0, GOOD),
+        Query(account, TOKEN, 0, GOOD[::-1]),
+        Query(account, TOKEN, 1, GOOD),
+        Query(account, "guess", 2, GOOD),
+        Query("nobody", TOKEN, 2, GOOD),
+        Query(account, TOKEN, cast(Any, "2"), GOOD),
+        Query(account, TOKEN, 2, cast(Any, None)),
+        "no query",
+        Query(account, TOKEN, 3, GOOD[:2]),
+    ]
+    local, ledger = VictimService(torch.device("cpu")), Ledger(folder)
+    local.add("v", MODEL)
+    ledger.open(account, Terms("v", "soft", 6, hash_token(TOKEN)))
+    found: list[list[Any]] = []
+    logs = []
+    for place in ("process", "replica"):
+        parts: list[bytes] = []
+        log = QueryLog(lambda _, data, parts=parts: parts.append(data), {account: "knockoff"})  # type: ignore[misc]
+        if place == "process":
+            transport = LocalTransport(local, ledger, log)
+            answers: list[Any] = []
+            for query in queries:
+                try:
+                    answers.append(transport.send(query))
+                except InputError as refusal:
+                    answers.append(refusal)
+        else:
+            replica = Replica(cast(Any, Here("ledger")), cast(Any, Here("shelf")), Placement(False, 0.5))
+            replica._log = log
+            answers = asyncio.run(replica.answer(queries))
+        log.close()
+        found.append([(type(each), str(each)) if isinstance(each, InputError) else each.tolist() for each in answers])
+        table = pq.read_table(io.BytesIO(parts[0]))
+        logs.append(table.drop_columns(["time", "latency"]).to_pylist())
+    assert found[0] == found[1]
+    assert logs[0] == logs[1]
+    assert [entry["outcome"] for entry in logs[0]] == [
+        *("answered", "repeated", "refused", "refused", "refused", "refused"),
+        *("malformed", "malformed", "answered"),
+    ]
+    assert in_process.spent(account) == ledger.spent(account) == 6
+    ledger.close()
 
 
 def test_a_refused_query_in_a_window_of_good_ones_is_the_error(service: Service) -> None:
@@ -288,7 +339,7 @@ def test_a_flood_of_messages_is_sent_away_unpaid_and_others_are_answered(service
 def test_a_greedy_client_gets_about_as_much_as_each_modest_one(in_process: Service) -> None:
     """By first come, first served, 60 messages under way would get it 60 times as much."""
     greedy, modest = in_process.open(budget=10**6), [in_process.open(budget=10**6) for _ in range(10)]
-    replica = Victim(cast(Any, Here("ledger")), cast(Any, Here("shelf")), Placement(False, 0.5))
+    replica = Replica(cast(Any, Here("ledger")), cast(Any, Here("shelf")), Placement(False, 0.5))
     images, rounds = np.zeros((200, 1, 8, 8), np.uint8), 12
 
     async def ask(account: str, key: int) -> bool:
@@ -317,61 +368,6 @@ def test_a_greedy_client_gets_about_as_much_as_each_modest_one(in_process: Servi
     asyncio.run(scene())
     assert [in_process.spent(account) for account in modest] == [rounds * 200] * 10
     assert in_process.spent(greedy) <= 2 * MAX_PER_ACCOUNT * rounds * 200
-
-
-def test_a_message_that_was_sent_away_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[list[Query]] = []
-
-    class Twice:
-        """A service that has no place at first."""
-
-        def options(self, **_: Any) -> Any:
-            return self
-
-        @property
-        def answer(self) -> Any:
-            return SimpleNamespace(remote=self.reply)
-
-        def reply(self, queries: list[Query]) -> Any:
-            sent.append(queries)
-            answers: list[Any] = [Busy("later") if len(sent) < 3 else np.ones((4, 2)) for _ in queries]
-            return SimpleNamespace(result=lambda **_: answers)
-
-    service: Any = Twice()
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    (answer,) = ServeTransport(service).send_all([Query("a", TOKEN, 0, GOOD)])
-    assert answer.shape == (4, 2)
-    assert len(sent) == 3
-    monkeypatch.setattr(Twice, "reply", lambda *_: SimpleNamespace(result=lambda **_: [Busy("later")]))
-    with pytest.raises(Busy, match="later"):
-        ServeTransport(service, patience=-1.0).send_all([Query("a", TOKEN, 0, GOOD)])
-
-
-@pytest.mark.parametrize(("silent", "answered"), [(2, True), (3, False)])
-def test_a_message_is_sent_again_however_long_the_first_waited(
-    monkeypatch: pytest.MonkeyPatch, silent: int, answered: bool
-) -> None:
-    """As after a machine was suspended: the clock says that patience has ended, and nobody was asked meanwhile."""
-    sent: list[Any] = []
-
-    def result(**_: Any) -> list[Any]:
-        if len(sent) <= silent:
-            raise TimeoutError
-        return [np.ones((4, 2))]
-
-    service: Any = SimpleNamespace(
-        answer=SimpleNamespace(remote=lambda queries: sent.append(queries) or SimpleNamespace(result=result))
-    )
-    service.options = lambda **_: service
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    transport = ServeTransport(service, patience=-1.0)
-    query = Query("a", TOKEN, 0, GOOD)
-    if answered:
-        assert transport.send_all([query])[0].shape == (4, 2)
-    else:
-        with pytest.raises(TimeoutError):
-            transport.send_all([query])
-    assert sent == [[query]] * 3
 
 
 def replica_pid(app: str) -> int:
