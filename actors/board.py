@@ -1,4 +1,4 @@
-"""The notice board: where actors write how far they are, and the driver reads it to draw."""
+"""The notice board: actors post how far their work is, and the driver reads it to draw the display."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-#: seconds between two notices of one task; more often would only load the board
+#: seconds between two notices of one task, at least; the display shows no more
 INTERVAL = 0.5
 
 #: phase, steps done, steps in total
@@ -27,14 +27,17 @@ class Board:
 
     async def read(self) -> dict[str, Notice]:
         """Every task's last notice."""
-        return dict(self._notices)  # Ray packs what is returned in another thread, while the next notices come in
+        return dict(self._notices)  # a copy, as Ray packs it in another thread while new notices come in
 
 
 BoardActor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
 
 
 class Posting:
-    """A progress listener that posts to the board, not too often. Losing a notice is harmless, so nobody waits."""
+    """A progress listener that posts to the board every :data:`INTERVAL` seconds at most.
+
+    It does not wait for the board: a notice may be lost, and the next one replaces it.
+    """
 
     def __init__(self, board: ActorHandle[Any], task: str) -> None:
         self._board, self._task, self._last = board, task, 0.0

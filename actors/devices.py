@@ -1,4 +1,4 @@
-"""Where an actor computes: a share of a GPU where the run uses GPUs, else of a CPU."""
+"""Where an actor computes: on a share of a GPU if the run uses GPUs, else on a share of a CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 from simulator.training.predict import use_one_thread
 
-#: of a CPU, for an actor that computes on a GPU
+#: share of a CPU that an actor on a GPU takes as well
 CPU_BESIDE_GPU = 0.1
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What one actor asks of the cluster: ``share`` of a GPU or of a CPU."""
+    """The resources of one actor: ``share`` of a GPU, or of a CPU."""
 
     gpu: bool
     share: float
@@ -26,7 +26,7 @@ class Placement:
         return f"{self.share:g} of a {'GPU' if self.gpu else 'CPU'}"
 
     def fits(self, node: Mapping[str, float]) -> bool:
-        """Whether a node with these resources could ever hold it."""
+        """Whether a node with these resources in total can hold such an actor."""
         return all(node.get(name, 0.0) >= amount for name, amount in self._amounts().items())
 
     def _amounts(self) -> dict[str, float]:
@@ -38,11 +38,11 @@ class Placement:
 
 
 def settle(placement: Placement) -> torch.device:
-    """Called once in an actor's process: one thread, and the device that Ray assigned.
+    """The device that Ray assigned to this process; torch is set to one thread. Call it once in an actor's process.
 
-    A process without a GPU of its own still sees every GPU of the node, so what Ray assigned decides, not what torch
-    finds. Where Ray's GPU is a logical one, which torch does not find, the CPU computes. Ray does not keep actors on
-    one GPU out of each other's memory; the share of it that torch may allocate is bounded here.
+    A process without a GPU of its own sees every GPU of the node, so Ray's assignment decides, and not what torch
+    finds. If torch does not find the GPU that Ray assigned, which may be a logical one, the device is the CPU. Actors
+    on one GPU share its memory, so torch may allocate only this actor's share of it.
     """
     use_one_thread()
     if not (placement.gpu and ray.get_gpu_ids() and torch.cuda.is_available()):

@@ -1,8 +1,8 @@
 """The HTTP door: the prediction service as a web API, with bearer tokens and the same ledger.
 
-:class:`Door` is a plain class over :class:`~actors.replica.Replica` (checks, charges, answers); the routes only
-translate between it and HTTP, and :class:`HttpVictim` is the shell that Ray Serve deploys behind its HTTP proxy. The
-messages are those of :mod:`simulator.service.http`; every error is one :class:`~simulator.service.http.Problem`.
+:class:`Door` is a plain class over :class:`~actors.replica.Replica`, which checks, charges and answers. The routes
+translate between the door and HTTP. Ray Serve deploys :class:`HttpVictim` behind its HTTP proxy. The messages are those
+of :mod:`simulator.service.http`, and every error is one :class:`~simulator.service.http.Problem`.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ from simulator.service.query import MalformedQuery, Query
 
 
 class Door:
-    """What the routes call: accounts by token, and queries answered by the victim.
+    """Finds accounts by their tokens, and has their queries answered. The routes call it.
 
     Args:
         replica: checks, charges and answers.
         ledger: handle of :class:`~actors.ledger.LedgerService`.
-        model: what clients are told of the model.
+        model: the description of the model that clients may read.
         accounts: the accounts' names by the hash of their token.
     """
 
     def __init__(self, replica: Replica, ledger: Any, model: ModelInfo, accounts: Mapping[str, str]) -> None:
         self.model = model
         self._replica, self._ledger, self._accounts = replica, ledger, dict(accounts)
-        # as many queries of an account as the victim takes at once; the others wait here
+        # the replica takes so many queries of an account at once; the others wait here
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_PER_ACCOUNT))
 
     def account_of(self, token: str | None) -> str:
-        """The account that a token opens. Only hashes are compared, so the time it takes tells nothing of a token."""
+        """The name of the account that a token opens. Only hashes are compared, so the time that it takes does not tell
+        how much of a token is right."""
         account = None if token is None else self._accounts.get(hash_token(token))
         if account is None:
             raise Refusal(401, "Unauthorised", "the bearer token is missing or opens no account")
@@ -65,7 +66,7 @@ class Door:
         return AccountInfo(account=name, budget=terms.budget, spent=spent, remaining=terms.budget - spent)
 
     async def predict(self, token: str, images: NDArray[np.generic], key: str | None) -> Prediction:
-        """The answer to a query, charged unless its key has paid for these images already."""
+        """The answer to a query. The account is charged, unless the key has paid for these images already."""
         number = ledger_key(key)
         account = self.account_of(token)
         async with self._turns[account]:
@@ -96,8 +97,11 @@ class Door:
 
 
 def ledger_key(text: str | None) -> int:
-    """The ledger's number for an Idempotency-Key: a decimal number below 2^63 is itself, other text is hashed into the
-    upper half of that range, and no text is a random number there: every such query is a new one."""
+    """The ledger's number for an Idempotency-Key.
+
+    A decimal number below 2^63 stands for itself, such as "17" for 17. Other text is hashed into the upper half of that
+    range. Without a key the number is random in that half, so every such query is a new one.
+    """
     half = KEYS // 2
     if text is None:
         return half + secrets.randbelow(half)
@@ -115,7 +119,7 @@ bearer = HTTPBearer(auto_error=False, description="the account's token, as `exsi
 async def authorised(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 ) -> str:
-    """The token of the request, once it has been found to open an account."""
+    """The token of the request. It opens an account, or the request is refused."""
     token = credentials.credentials if credentials else None
     request.app.state.door.account_of(token)
     assert token is not None
@@ -205,7 +209,7 @@ async def predict(
 
 def build_app(door: Door) -> FastAPI:
     """The web application over a door; its OpenAPI schema is at ``/openapi.json``."""
-    # no /docs: its page takes its scripts from elsewhere
+    # no /docs: its page loads scripts from other sites
     app = FastAPI(title="exsim prediction service", version=__version__, docs_url=None, redoc_url=None)
     app.state.door = door
     app.include_router(router)
@@ -226,7 +230,7 @@ def build_app(door: Door) -> FastAPI:
 
 
 def _describe_body(schema: dict[str, Any], info: ModelInfo) -> None:
-    """Adds what FastAPI cannot know: the two types of body, the images' shape, and what a problem looks like."""
+    """Adds what FastAPI cannot know to the schema: two types of body, the images' shape, and the problem's fields."""
     channels, height, width = info.shape
     images: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 255}
     for length in (width, height, channels):
@@ -268,7 +272,7 @@ async def _down(*_: object) -> JSONResponse:
 
 
 class HttpVictim:
-    """One replica behind Serve's HTTP proxy: the victim, its door, and the routes, in one process."""
+    """One replica behind Serve's HTTP proxy: the service, its door and the routes in one process."""
 
     def __init__(
         self,
@@ -282,5 +286,5 @@ class HttpVictim:
         self._door = Door(replica, ledger, ModelInfo.model_validate(model), accounts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """What Serve asks for when the replica starts."""
+        """The web application. Serve calls this when the replica starts."""
         return build_app(self._door)

@@ -1,4 +1,4 @@
-"""What a request to the HTTP door carries: images as JSON or as a .npy file, read with nothing believed."""
+"""The body of a request to the HTTP door: images as JSON or as a .npy file. Nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simulator.service.http import Problem
 #: bytes of a request's body at most: a thousand colour images of 64 pixels as uint8
 MAX_BODY = 16 << 20
 
-# the first wrong number is enough: a body of wrong numbers would make an error of each
+# fails at the first wrong number: a body full of them would make one error each
 Row = Annotated[list[float], FailFast()]
 Channel = Annotated[list[Row], FailFast()]
 Image = Annotated[list[Channel], FailFast()]
@@ -37,7 +37,7 @@ class PredictRequest(BaseModel):
 
 
 class Refusal(Exception):
-    """A problem on its way to the client."""
+    """Raised to refuse a request; the client gets its :class:`Problem`."""
 
     def __init__(self, status: int, title: str, detail: str, **more: Any) -> None:
         super().__init__(detail)
@@ -48,7 +48,7 @@ def images_from_json(body: bytes) -> tuple[NDArray[np.generic], str | None]:
     """The images and the key of a :class:`PredictRequest`.
 
     Raises:
-        Refusal: it is none.
+        Refusal: the body is no such request.
     """
     try:
         asked = PredictRequest.model_validate_json(body)
@@ -59,7 +59,7 @@ def images_from_json(body: bytes) -> tuple[NDArray[np.generic], str | None]:
     except ValueError:
         raise Refusal(422, "Malformed query", "images: the lists of one level are not all of one length") from None
     if asked.dtype == "float32":
-        with np.errstate(over="ignore"):  # infinity is refused with the rest that is outside [0, 1]
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused later as outside [0, 1]
             images: NDArray[np.generic] = numbers.astype(np.float32)
     elif ((numbers >= 0) & (numbers <= 255) & (numbers == np.floor(numbers))).all():
         images = numbers.astype(np.uint8)
@@ -69,10 +69,10 @@ def images_from_json(body: bytes) -> tuple[NDArray[np.generic], str | None]:
 
 
 def images_from_npy(body: bytes) -> NDArray[np.generic]:
-    """The array of a .npy file of which nothing is unpickled, and nothing allocated that the file does not hold.
+    """The array in a .npy file. Nothing is unpickled, and no more is allocated than the file has bytes.
 
     Raises:
-        Refusal: it is no such file.
+        Refusal: the body is no such file.
     """
     file = io.BytesIO(body)
     try:
@@ -81,7 +81,7 @@ def images_from_npy(body: bytes) -> NDArray[np.generic]:
             raise ValueError(f"version {version} of the format; allowed: 1.0 and 2.0")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            warnings.simplefilter("ignore")  # numpy warns about headers that Python 2 wrote
             shape, fortran, dtype = read(file)
         if dtype not in (np.dtype(np.uint8), np.dtype(np.float32)):
             raise ValueError(f"numbers of type {dtype}; allowed: uint8, float32")
@@ -89,12 +89,12 @@ def images_from_npy(body: bytes) -> NDArray[np.generic]:
         if min(shape, default=1) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{len(data)} bytes of data for the shape {shape} of {dtype}")
         return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-    except Exception as error:  # the header is a Python literal of the client's: whatever numpy's parser says of it
+    except Exception as error:  # numpy's parser of the header, a Python literal, may raise anything
         raise Refusal(422, "Malformed query", f"body: not a .npy file of images: {error}") from None
 
 
 async def body_of(request: Request) -> bytes:
-    """The body, of which no more than ``MAX_BODY`` bytes are ever taken."""
+    """The body. Reading stops, and the request is refused, once it has more than ``MAX_BODY`` bytes."""
     length = request.headers.get("content-length", "0")
     too_large = Refusal(413, "Too large", f"the body is larger than {MAX_BODY} bytes; ask fewer images at once")
     if length.isdigit() and int(length[:20]) > MAX_BODY:

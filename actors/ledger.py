@@ -1,7 +1,7 @@
-"""The query account as a Ray actor: a thin shell around :class:`simulator.service.ledger.Ledger`.
+"""The ledger as a Ray actor: a thin shell around :class:`simulator.service.ledger.Ledger`.
 
 The methods are ``async`` and never wait, so one runs at a time and no lock is needed. The actor may be killed at any
-moment: Ray starts it again, it replays its log, and the request is repeated, which the ledger answers without charging
+moment. Ray then starts it again, it replays its log, and Ray repeats the request, which the ledger does not charge
 twice.
 """
 
@@ -15,7 +15,7 @@ import ray
 
 from simulator.service.ledger import Grant, Ledger, Refused, Request, Terms
 
-#: no accounts' attacks
+#: the empty mapping from accounts to attacks
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -30,7 +30,7 @@ class LedgerService:
         """Opens several accounts (see :meth:`Ledger.open`); returns their remaining budget together.
 
         Args:
-            attacks: the attack's name of each, for a service that was started before they were known.
+            attacks: the attack's name of each account, for a service that was started before they were known.
         """
         self._attacks |= attacks
         return sum(self._ledger.open(account, terms) for account, terms in accounts.items())
@@ -48,8 +48,8 @@ class LedgerService:
         return self._ledger.terms(account)
 
     async def attack(self, account: str) -> str | None:
-        """The attack's name that an account was opened with, or None: it is no part of the log, and a ledger that is
-        started again has forgotten it."""
+        """The attack's name that an account was opened with. None if it had none, or if the ledger was started again
+        since: the log does not hold it."""
         return self._attacks.get(account)
 
     async def spent(self, accounts: Sequence[str]) -> int:

@@ -1,15 +1,14 @@
-"""What the prediction service tells Ray's metrics, which Prometheus reads and Ray's dashboard draws.
+"""The metrics of the prediction service, in Ray's metrics, which Prometheus reads and Ray's dashboard draws.
 
 ===================================  ==========================================================================
-``exsim_images_answered_total``      images answered (a query that is asked again counts again; the ledger does not)
+``exsim_images_answered_total``      images answered; a query that is asked again counts again, unlike in the ledger
 ``exsim_queries_refused_total``      queries refused: malformed, or by the ledger
-``exsim_message_images``             histogram of the images that one message asked for, refused ones too
-``exsim_waiting_seconds``            histogram: how long a message was in the replica and no model computed for it
+``exsim_message_images``             histogram of the images in one message, with those that were refused
+``exsim_waiting_seconds``            histogram of a message's time in the replica, less its time of computing
 ===================================  ==========================================================================
 
 Each is tagged ``attack`` (the attack's name, or ``unknown``) and ``victim`` (its id). Ray puts ``ray_`` before the
-names. Nothing is kept for each query: a message, which is one client's, is told in at most four calls, of microseconds
-each.
+names. No query is kept: a client's message is counted in at most four calls, which take microseconds each.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SECONDS: list[float] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
 
 @dataclass
 class Tally:
-    """What one message came to, for one account."""
+    """The images asked and answered in one message, and the queries refused, for one account."""
 
     asked: int = 0
     answered: int = 0
@@ -49,7 +48,11 @@ class VictimMetrics:
         self._waiting = Histogram("exsim_waiting_seconds", "Seconds of a message without computing.", SECONDS, TAGS)
 
     def tell(self, account: str, victim: str, tally: Tally, waiting: float) -> None:
-        """One message's part that belongs to one account; ``waiting`` in seconds."""
+        """Counts the part of one message that belongs to one account.
+
+        Args:
+            waiting: seconds that the message was in the replica and not computed.
+        """
         tags = {"attack": self._attacks.get(account, "unknown"), "victim": victim}
         if tally.answered:
             self._answered.inc(tally.answered, tags)

@@ -1,15 +1,15 @@
-"""The prediction service on Ray Serve, the shelf its models lie on, and the client's way to it.
+"""The prediction service on Ray Serve: one replica, and its deployment.
 
-A query goes attacker -> replica -> ledger -> replica -> attacker: the replica checks the images, has the ledger charge
-them, and only then answers. The answer is a function of the images alone, so a query whose answer was lost is asked
-again under its key, at no charge, by :class:`ServeTransport`.
+A query goes attacker -> replica -> ledger -> replica -> attacker. The replica checks the images, has the ledger charge
+them, and only then answers (:mod:`simulator.service.visit`). The same query always gets the same answer, so
+:class:`~actors.transport.ServeTransport` asks again, at no charge, where an answer was lost.
 
-Several queries of a client travel in one message, because a message costs the replica and the client more time than all
-else but the model itself. Each is still checked, charged, answered or refused by itself.
+Several queries of a client travel in one message, because only the model itself costs more time than a message does.
+Each query is still checked, charged, answered or refused by itself.
 
-The replica computes in a thread of its own, where accounts take turns, while its event loop decodes and checks the next
-messages and has the ledger charge them, all that wait in one call. An account has a bounded number of messages at a
-replica: what comes beyond is sent away, unpaid, and comes again.
+A replica computes in one thread, where accounts take turns. Meanwhile its event loop decodes and checks the next
+messages, and one call to the ledger charges all that wait. A replica holds at most :data:`MAX_PER_ACCOUNT` messages of
+an account. It sends the next one away, unpaid, and the client sends it again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from simulator.service.query import MalformedQuery, Query
 from simulator.service.victim import Precision, VictimService
 from simulator.service.visit import Answer, Visit
 
-#: messages that one replica holds at once; the rest wait at the clients. With at most 3 MiB each this bounds its memory
+#: messages that one replica holds at once; the rest wait at the clients. A message has at most 3 MiB, so this bounds
+#: the replica's memory
 MAX_ONGOING = 256
 
 
@@ -48,7 +49,8 @@ MAX_ONGOING = 256
 MAX_PER_ACCOUNT = 4
 
 
-#: bytes of victims' weights that a replica keeps; beyond, those that nobody has asked for longest go back to the shelf
+#: bytes of victims' weights that a replica keeps. Beyond that it drops the victim whose last query is the oldest, and
+#: reads it from the shelf again when it is asked
 ROOM = 1 << 30
 
 
@@ -61,7 +63,8 @@ class Busy(InputError):
 
 
 class Replica:
-    """One replica. Nothing is counted here: replicas come and go, the ledger stays."""
+    """One replica, which answers for all victims. It counts nothing: a replica may die at any time, the ledger
+    stays."""
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class Replica:
         log: ActorHandle[Any] | None = None,
     ) -> None:
         self._ledger, self._shelf = ledger, shelf
-        self._attacks = dict(attacks)  # of a sweep, whose accounts come as its trials do, there are none yet
+        self._attacks = dict(attacks)  # empty in a sweep, whose accounts are opened later: _know asks for their attacks
         self._metrics = VictimMetrics(self._attacks)
         self._log = QueryLog(lambda name, data: ray.get(log.write.remote(name, data)), self._attacks) if log else None
         self._service = VictimService(settle(placement), precision, room=ROOM)
@@ -90,12 +93,12 @@ class Replica:
         return [answer for answer, _ in await self.answer_with_grants(queries)]
 
     async def answer_with_grants(self, queries: Sequence[Query]) -> list[tuple[Answer, Grant | None]]:
-        """As :meth:`answer`, each with what the ledger granted: None where it was not asked, or refused."""
+        """As :meth:`answer`, each answer with the ledger's grant, or None for a query that was refused."""
         if not isinstance(queries, list | tuple):
             raise MalformedQuery(f"message of type {type(queries).__name__}; allowed: a list of queries")
         started = time.perf_counter()
         visits = [Visit(query, started) for query in queries]
-        # with the token, so that nobody can take the places of an account that is not theirs
+        # an account's places are counted with its token: nobody without the token can take them
         owners = {(visit.query.account, visit.query.token) for visit in visits if visit.reply is None}
         if any(self._present[owner] >= MAX_PER_ACCOUNT for owner in owners):
             busy = Busy(f"more than {MAX_PER_ACCOUNT} messages under way at one replica")
@@ -129,7 +132,7 @@ class Replica:
             assert visit.reply is not None
             return visit.reply, 0.0
         assert visit.terms is not None
-        await self._load(visit.terms.victim)  # others may have taken its place while the ledger was asked
+        await self._load(visit.terms.victim)  # it may have been dropped for another while the ledger was asked
         answer = visit.answering(self._service)
 
         def work() -> tuple[Answer, float]:
@@ -139,10 +142,10 @@ class Replica:
         return await self._worker.run(visit.query.account, visit.reply.count, work)
 
     def _tell(self, visits: Sequence[Visit], answers: Sequence[Answer], waiting: float) -> None:
-        """Counts a message in the metrics; in one go where all its queries are of one account, as a client's are."""
+        """Counts a message in the metrics: one call an account, so one for a client's message."""
         tallies: dict[str, Tally] = {}
         for visit, answer in zip(visits, answers, strict=True):
-            # what names no account that is open here belongs to nobody
+            # a query that names no open account is counted under no account
             account = visit.query.account if visit.terms is not None else ""
             tally = tallies.setdefault(account, Tally())
             if not isinstance(answer, InputError):
@@ -158,7 +161,7 @@ class Replica:
             self._metrics.tell(account, victim, tally, max(0.0, waiting))
 
     def __del__(self) -> None:
-        """Serve calls this before it stops a replica: the log is written to its end."""
+        """Writes what waits in the query log. Serve calls this before it stops a replica."""
         log: QueryLog | None = getattr(self, "_log", None)
         if log is not None:
             log.close()
@@ -169,7 +172,7 @@ class Replica:
             return None
         try:
             terms = await self._know(visit.query.account)
-        except InputError as refusal:  # of Ray's making: an error of the task, and of its cause's type
+        except InputError as refusal:  # Ray raises an error that is both a RayTaskError and of its cause's type
             cause = innermost(refusal)
             visit.reply = cause if isinstance(cause, InputError) else refusal
             return None
@@ -179,12 +182,13 @@ class Replica:
         return visit.request
 
     async def _load(self, victim: str) -> None:
-        """Takes a victim from the shelf, if it is not here. Nothing is awaited once it is."""
+        """Takes a victim from the shelf, if it is not here. A victim that is here is found without awaiting."""
         if victim not in self._service:
             self._service.add(victim, from_bytes(await self._shelf.get.remote(victim)))
 
     async def _know(self, account: str) -> Terms:
-        """An account's terms, from the ledger, which also knows its attack where the service was not told.
+        """An account's terms, from the ledger at the first time. The account's attack comes with them, if the service
+        was not told it at its start.
 
         Raises:
             InputError: there is no such account.
@@ -209,10 +213,11 @@ def deploy(
 ) -> DeploymentHandle[Replica]:
     """Starts the service as a Serve application without an HTTP door; returns its handle.
 
-    ``attacks`` has the attack's name of each account, for the metrics and the query log; ``log`` is an actor's
-    :class:`actors.stores.LogFiles`, if there is a query log.
+    Args:
+        attacks: the attack's name of each account, for the metrics and the query log.
+        log: the actor :class:`actors.stores.LogFiles`; None without a query log.
     """
-    # a proxy would take port 8000 of every node for nothing; where Serve runs already, this changes nothing
+    # a proxy would take port 8000 of every node, and nobody would use it. Where Serve runs already, nothing changes
     serve.start(proxy_location="Disabled")
     deployment: Any = serve.deployment(
         Replica,

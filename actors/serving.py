@@ -1,10 +1,10 @@
-"""``exsim serve``: a victim behind Ray Serve's HTTP proxy, its accounts in a directory that survives it.
+"""``exsim serve``: a victim behind Ray Serve's HTTP proxy, and its accounts in a directory that outlives it.
 
     DIR/ledger/ledger.log    the durable query account (knows hashes of tokens only)
     DIR/tokens.json          the accounts' tokens, mode 0600; may be moved elsewhere once they are handed out
-    DIR/models/ID            what is served; DIR/logs/ is Ray's
+    DIR/models/ID            the model that is served; DIR/logs/ is Ray's
 
-Started again on the same DIR, the accounts go on with what they have left.
+A server that is started again on the same DIR finds every account with the budget that it had left.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ from simulator.service.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.service.query import MAX_BATCH
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-#: what an earlier serve may have left, however it ended; "lock" was the lock's name once
+#: the entries of DIR that an earlier server may have left, however it ended; "lock" is an older name of the lock
 OURS = {LOCK, "lock", "logs", "models", "ledger", "tokens.json"}
 #: seconds in which a request has to be answered
 REQUEST_SECONDS = 120.0
 #: seconds in which the door has to open
 OPEN_SECONDS = 120.0
-#: whether Serve's proxy can bind a port that another socket has bound, without listening, for it
+#: whether Serve's proxy can bind a port that a socket of ours, which does not listen, has bound already
 SHARED = sys.platform == "linux" and os.environ.get("SERVE_SOCKET_REUSE_PORT_ENABLED", "1") == "1"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What is served, to whom, and where it is kept.
+    """A model, the accounts it is served to, and the directory that keeps both.
 
     Attributes:
         victim: id of the model: a digest of its file.
-        model: what clients are told.
-        architecture: for the person who serves it.
-        terms: of every account.
-        remaining: of every account, in images.
-        tokens: of the accounts whose tokens lie in the directory.
+        model: the description of the model that clients may read.
+        architecture: name of the model's architecture; clients do not see it.
+        terms: the terms of every account.
+        remaining: images that every account has left.
+        tokens: the accounts' tokens, without those that were moved out of the directory.
         fresh: the accounts whose tokens were made now.
     """
 
@@ -85,11 +85,11 @@ class Offer:
 
     @property
     def tokens_file(self) -> Path:
-        """Where the tokens lie."""
+        """The file of tokens."""
         return self.directory / "tokens.json"
 
     def lines(self, url: str) -> list[str]:
-        """What the person who serves is told; tokens only when they are new."""
+        """The lines that the server prints at its start. A token is printed only when it is new."""
         channels, height, width = self.model.shape
         return [
             f"serving {self.victim} ({self.architecture}, images ({channels}, {height}, {width}), "
@@ -106,10 +106,10 @@ class Offer:
 
 
 def account_names(count: int | None, names: Sequence[str]) -> list[str]:
-    """The accounts that are asked for: ``account-1`` to ``account-K``, or the names.
+    """The names of the accounts: ``account-1`` to ``account-K`` for a count K, or ``names`` as they are given.
 
     Raises:
-        InputError: both, a count below 1, a name twice, or one that is none.
+        InputError: both are given, the count is below 1, or a name is given twice or has other characters.
     """
     if count is not None and names:
         raise InputError("--accounts makes accounts by number and --account by name; give one of them")
@@ -135,10 +135,10 @@ def served(
     port: int = 8000,
     address: str | None = None,
 ) -> Iterator[tuple[Offer, str]]:
-    """Serves the model in ``file`` inside the block; yields what is served and the door's URL.
+    """Serves the model in ``file`` inside the block; yields the offer and the door's URL.
 
     Raises:
-        InputError: the file, a setting, the directory, the port or the cluster is not as it should be.
+        InputError: the file, a setting, the directory, the port or the cluster cannot be used.
     """
     try:
         check_labels(labels)
@@ -161,10 +161,10 @@ def served(
 def prepare(
     data: bytes, victim: str, spec: ModelSpec, directory: Path, labels: str, budget: int, names: Sequence[str]
 ) -> Offer:
-    """Puts the model into the directory, and opens the accounts there, or finds them open on the same terms.
+    """Writes the model into the directory and opens the accounts there. An account may be open on the same terms.
 
     Raises:
-        InputError: the accounts were opened on other terms, or the directory cannot be written.
+        InputError: an account was opened on other terms, or the directory cannot be written.
     """
     info = ModelInfo(
         shape=[spec.channels, spec.size, spec.size],
@@ -185,14 +185,14 @@ def prepare(
         opened = set(ledger.all_spent())
         for name in names:
             if name in opened and name not in tokens:
-                token_hash = ledger.terms(name).token_hash  # its token was moved elsewhere, and is still good
+                token_hash = ledger.terms(name).token_hash  # its token was moved elsewhere and stays valid
             else:
                 token_hash = hash_token(tokens.setdefault(name, secrets.token_hex(24)))
             terms[name] = Terms(victim, labels, budget, token_hash)
             if name in opened and ledger.terms(name) != terms[name]:
                 raise InputError(f"{directory}: {_other_terms(name, ledger.terms(name), terms[name])}")
         if tokens != known:
-            # before the ledger knows them: an account whose token was never written would be lost
+            # before the accounts are opened: without its token an account would be lost
             text = json.dumps(tokens, indent=2) + "\n"
             write_atomically(directory / "tokens.json", text.encode(), mode=0o600)
         remaining = {name: ledger.open(name, terms[name]) for name in names}
@@ -221,7 +221,7 @@ def _other_terms(name: str, old: Terms, new: Terms) -> str:
         for field in ("victim", "labels", "budget")
         if getattr(old, field) != getattr(new, field)
     )
-    # the directory is the default one where none was given: a budget must not begin anew because it was typed anew
+    # without --dir the directory is always the same one: to type another budget must not make a new account
     return (
         f"account {name} was opened there with {found or 'another token'}, and an account keeps its terms; "
         f"ask for those to go on with it, or open another with --account NAME or --dir DIR"
@@ -230,10 +230,12 @@ def _other_terms(name: str, old: Terms, new: Terms) -> str:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Makes the directory, or takes an earlier one, and keeps other processes out: there is one ledger over one log.
+    """Makes the directory, or takes one that an earlier server left. Other processes are kept out, because a log has
+    one ledger.
 
     Raises:
-        InputError: another process works there, or it holds something else: a run's accounts are not to be sold.
+        InputError: another process works there, or the directory holds something else, such as a run, whose accounts
+            must not be sold.
     """
     with ExitStack() as stack:
         try:
@@ -280,7 +282,7 @@ def opened(offer: Offer, host: str, port: int, address: str | None) -> Iterator[
     """Opens the door inside the block; yields its URL.
 
     Raises:
-        InputError: no cluster answers, or it runs Serve already, whose proxy cannot be set up anew.
+        InputError: no cluster answers, or the cluster runs Serve already, with a proxy that cannot be changed.
     """
     with connected(address, offer.directory / "logs"):
         _refuse_running_serve()
@@ -294,14 +296,14 @@ def opened(offer: Offer, host: str, port: int, address: str | None) -> Iterator[
             HttpClient(url, patience=OPEN_SECONDS).send("GET", "/healthz")
             yield url
         finally:
-            if borrowed:  # a local cluster ends here, and all that is in it
+            if borrowed:  # a local cluster ends by itself, with all actors
                 serve.shutdown()  # type: ignore[no-untyped-call]
                 for actor in (ledger, shelf):
                     ray.kill(actor)
 
 
 def wait_for_the_end() -> None:
-    """Waits for SIGINT (Ctrl-C) or SIGTERM, which both end the serving as KeyboardInterrupt."""
+    """Waits for SIGINT (Ctrl-C) or SIGTERM. Both raise KeyboardInterrupt here."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:
         time.sleep(3600)
@@ -330,7 +332,7 @@ def _deploy(offer: Offer, ledger: ActorHandle[Any], shelf: ActorHandle[Any], hos
     accounts = {terms.token_hash: name for name, terms in offer.terms.items()}
     application = deployment.bind(ledger, shelf, placement, offer.model.model_dump(mode="json"), accounts)
     try:
-        # on a busy machine Serve gives a proxy up that is slow to start, and starts another: opened() waits for it
+        # on a busy machine Serve gives up a proxy that starts slowly, and starts another one: opened() waits for that
         with suppress(RayActorError, TimeoutError):
             serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging)
         serve.run(application, name="exsim-serve", route_prefix="/")
@@ -339,5 +341,5 @@ def _deploy(offer: Offer, ledger: ActorHandle[Any], shelf: ActorHandle[Any], hos
 
 
 def _reachable(host: str) -> str:
-    """An address of this machine under which a host to listen on is reached."""
+    """The address by which this machine reaches a server that listens on ``host``: 127.0.0.1 for 0.0.0.0."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

@@ -1,7 +1,7 @@
-"""Small actors that keep bytes in the run directory for those who work on other nodes.
+"""Small actors that keep bytes in the run directory for actors on other nodes.
 
-Neither needs torch, which would cost each process seconds and half a gigabyte. What they keep is on disk, so one that
-was killed and started again has lost nothing.
+They do without torch, which would cost each process seconds and half a gigabyte. All they keep is on disk, so an actor
+that was killed has lost nothing when it is started again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from simulator.files import Folder
 
 
 class Shelf:
-    """The victims' models as bytes, from which every replica takes what it is asked for."""
+    """The victims' models as bytes. A replica takes a model when it is first asked for it."""
 
     def __init__(self, path: str) -> None:
         self._models = Folder(Path(path) / "models")
 
     async def get(self, victim: str) -> bytes:
-        """A model from the shelf."""
+        """The bytes of a victim's model."""
         return self._models.file(victim).read_bytes()
 
 
@@ -31,16 +31,16 @@ class Keeper:
         self._folder = Folder(Path(path) / "checkpoints")
 
     async def read(self, name: str) -> bytes | None:
-        """What was last written under a name."""
+        """The bytes that were last written under a name; None before the first."""
         return self._folder.read(name)
 
     async def write(self, name: str, data: bytes) -> None:
-        """Replaces what is kept under a name."""
+        """Replaces the bytes under a name."""
         self._folder.write(name, data)
 
 
 class LogFiles:
-    """The parts of the query log. A part that is written again replaces itself."""
+    """The parts of the query log. A part that is written again replaces the one before."""
 
     def __init__(self, path: str) -> None:
         self._folder = Folder(Path(path) / "queries", ".parquet")

@@ -1,4 +1,4 @@
-"""The client of the Serve deployment: sends queries to a replica and asks again what was lost."""
+"""The client of the Serve deployment: sends queries to the replicas, and sends again what was lost."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ PACK = 4
 WAIT = 120.0
 
 
-#: seconds a client goes on asking for a lost answer: after the loss of a node the service may have to wait for another
+#: seconds a client goes on asking for a lost answer. After the loss of a node the service may wait for a new node
 PATIENCE = 900.0
 
 
-#: how often a message is sent at least before it is given up
+#: a message is sent at least so often before it is given up
 LEAST_TRIES = 3
 
 
 def direct(handle: DeploymentHandle[Replica]) -> DeploymentHandle[Replica]:
-    """The handle with arguments sent by value over gRPC: 1.6 times the rate of the default at 256 images a query.
+    """The handle with arguments sent by value over gRPC. At 256 images a query this has 1.6 times the default's rate.
 
-    The option is not public; a Ray without it keeps the default transport.
+    The option is not public. A Ray that does not know it keeps the default transport.
     """
     try:
         return handle.options(_by_reference=False)
@@ -50,8 +50,7 @@ def direct(handle: DeploymentHandle[Replica]) -> DeploymentHandle[Replica]:
 
 
 class ServeTransport:
-    """Sends queries to the service, a few messages at a time, and asks again for what a killed replica left
-    unanswered."""
+    """Sends queries to the service, a few messages at a time. A message whose replica was killed is sent again."""
 
     def __init__(self, handle: DeploymentHandle[Replica], window: int = WINDOW, patience: float = PATIENCE) -> None:
         self._handle, self._window, self._patience = direct(handle), window, patience
@@ -78,7 +77,8 @@ class ServeTransport:
         return answers
 
     def _message(self, waiting: deque[Query]) -> list[Query]:
-        """Takes as many queries as fit into one message, there and back; one, until an answer has shown its width."""
+        """Takes the queries that fit into one message, as their answers do. Before the first answer, whose row length
+        is not known yet, it takes one query."""
         message: list[Query] = []
         size = 0
         while waiting and len(message) < PACK:
@@ -90,8 +90,8 @@ class ServeTransport:
         return message
 
     def _result(self, message: list[Query], response: Any) -> list[Answer]:
-        # Not the clock alone decides: a machine that was suspended, or starved, has asked once and waited for nothing.
-        # To ask again is free, for the key is the same.
+        # The clock alone does not decide: a machine may have been suspended while it waited for its first answer. To
+        # ask again is free, because the key is the same.
         deadline, pause = time.monotonic() + self._patience, 0.05
         asked = 0
         while True:
@@ -102,7 +102,7 @@ class ServeTransport:
                 if not isinstance(answers[0], Busy) or enough:
                     return answers
             except RayTaskError as error:
-                # the ledger knows no such account: wrapped once for each actor that this passed
+                # such as the ledger's Unauthorised, wrapped once by each actor that passed it on
                 cause = innermost(error)
                 if isinstance(cause, InputError):
                     raise cause from None

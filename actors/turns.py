@@ -1,7 +1,7 @@
-"""What a replica holds between taking a query and answering it: whose turn it is, and what the ledger is asked next.
+"""The two queues of a replica: queries that wait for the ledger, and paid queries that wait to be computed.
 
-Three things happen at once in a replica: messages are decoded and checked, the ledger writes grants, and one thread
-computes. These classes hand over between them.
+A replica does three things at once: its event loop decodes and checks messages, the ledger writes grants, and one
+thread computes. :class:`Teller` hands queries to the ledger, :class:`Worker` hands them to the thread.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from simulator.service.ledger import Grant, Refused, Request
 
 Item = TypeVar("Item")
 
-#: items that wait for the worker while no more grants are asked for: enough for it not to run dry meanwhile
+#: no more grants are asked for while more items than this wait for the worker. They keep it busy during a ledger call
 LOW = 2
 
 
 class FairQueue(Generic[Item]):
-    """A queue between threads from which every account is served at the same pace while it has something waiting.
+    """A queue between threads that serves all accounts with waiting items at the same pace.
 
-    Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): an item starts, in virtual time, when the account's
-    item before it ends or now, whichever is later, and lasts as long as its cost; the earliest start is served first.
-    An account that sends many items at once therefore waits behind its own, and one that sends few does not.
+    Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). An item starts, in virtual time, at the later of now
+    and the end of the account's item before it. It lasts as long as its cost. The item with the earliest start is
+    served first. An account that sends 60 items at once therefore waits behind its own items, and an account that sends
+    one item does not.
     """
 
     def __init__(self) -> None:
@@ -36,19 +37,19 @@ class FairQueue(Generic[Item]):
         self._ready = threading.Condition()
 
     def put(self, account: str, cost: float, item: Item) -> None:
-        """Adds an item of an account; ``cost`` is what serving it takes, in any unit (here images)."""
+        """Adds an item of an account. ``cost`` says how long serving it takes, in any unit (here images)."""
         with self._ready:
             start = max(self._now, self._ends.get(account, 0.0))
             self._ends[account] = start + cost
-            self._count += 1  # of equal starts the first come is the first served
+            self._count += 1  # items of equal starts are served in the order in which they came
             heapq.heappush(self._heap, (start, self._count, item))
             self._ready.notify()
 
     def get(self) -> Item:
-        """Waits for an item, and takes the one whose turn it is."""
+        """Takes the item with the earliest start; waits while there is none."""
         with self._ready:
             while not self._heap:
-                self._ends.clear()  # nobody waits: nobody is ahead of another
+                self._ends.clear()  # no account waits, so none is ahead of another
                 self._now = 0.0
                 self._ready.wait()
             self._now, _, item = heapq.heappop(self._heap)
@@ -59,7 +60,7 @@ class FairQueue(Generic[Item]):
 
 
 class Worker:
-    """One thread that computes what accounts ask, in fair turns. The event loop goes on meanwhile.
+    """One thread that computes the accounts' queries in fair turns, while the event loop goes on.
 
     Args:
         prepare: called once in the thread.
@@ -72,26 +73,26 @@ class Worker:
         threading.Thread(target=self._work, name="answers", daemon=True).start()
 
     async def run(self, account: str, cost: float, work: Callable[[], Item]) -> Item:
-        """The value of ``work()`` when its turn has come, or what it raises."""
+        """Calls ``work`` in the thread, when its turn has come. Gives its value, or raises what it raised."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()
         self._queue.put(account, cost, (work, loop, future))
         return await future
 
     async def low(self) -> None:
-        """Waits until few items wait. One caller at a time."""
+        """Returns when at most :data:`LOW` items wait. Only one caller may wait at a time."""
         while len(self._queue) > LOW:
             self._low.clear()
             self._awaited = True
-            if len(self._queue) > LOW:  # still: whoever takes the next will see that it is awaited
+            if len(self._queue) > LOW:  # looked at again: from now on the thread sees that somebody waits
                 await self._low.wait()
 
     def _work(self) -> None:
         self._prepare()
         while True:
             work, loop, future = self._queue.get()
-            # told by whoever takes, as an asker that has gone tells nobody; and only if somebody waits to hear it, for
-            # to wake the loop costs time
+            # The thread tells it, as the caller of run() may be gone. It tells it only if somebody waits, because to
+            # wake the loop costs time.
             if self._awaited and len(self._queue) <= LOW:
                 self._awaited = False
                 with contextlib.suppress(RuntimeError):
@@ -101,11 +102,11 @@ class Worker:
             settle: Callable[[asyncio.Future[Any], Any], None] = _settle
             try:
                 value = work()
-            except BaseException as error:  # it is the asker's to handle
+            except BaseException as error:  # the caller of run() handles it
                 settle, value = _fail, error
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
                 loop.call_soon_threadsafe(settle, future, value)
-            del work, future  # not the last query's images until the next one comes
+            del work, future  # they hold the query's images, and the next item may be long in coming
 
 
 def _settle(future: asyncio.Future[Any], value: Any) -> None:
@@ -122,15 +123,15 @@ Replies = list[Grant | Refused]
 
 
 class Teller:
-    """Asks the ledger about many messages at once.
+    """Asks the ledger about many messages in one call.
 
-    What comes while the ledger is at work, or while the worker has enough to do, is gathered for the next call: a call
-    costs the replica and the ledger more than all else about a grant, and so little is paid for that is not soon
-    answered.
+    Messages that come while the ledger works, or while the worker has enough to do, wait for the next call. One call
+    for many messages saves time, because the call is what costs most about a grant. And while the worker is behind,
+    little is paid for that would wait long for its answer.
 
     Args:
         ask: sends requests to the ledger and awaits its replies.
-        wanted: waits until more grants are wanted.
+        wanted: returns when more grants are wanted.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Teller:
                 await self._wanted()
                 group, self._waiting = self._waiting, []
                 await self._ask_for(group)
-        finally:  # however it ends, who comes next starts another
+        finally:  # also after an error: the next message starts a new task
             self._task = None
 
     async def _ask_for(self, group: list[tuple[Sequence[Request], asyncio.Future[Replies]]]) -> None:
@@ -164,7 +165,7 @@ class Teller:
             replies = iter(await self._ask([request for requests, _ in group for request in requests]))
             for requests, future in group:
                 _settle(future, [next(replies) for _ in requests])
-        except Exception:  # one message's fault must not be another's: each is asked about by itself
+        except Exception:  # one message may be at fault, so the ledger is asked about each by itself
             for requests, future in group:
                 try:
                     _settle(future, await self._ask(requests))

@@ -1,4 +1,4 @@
-"""What a victim gives away: the answer modes that accounts are sold with.
+"""The answer modes: how much of its probabilities a victim tells an account.
 
 - ``soft``: all probabilities;
 - ``hard``: one-hot of the top-1 label;
@@ -9,12 +9,12 @@
 Steps are joined by `` then `` and taken in that order: ``noise-0.5 then top-3 then round-2``. After every step the
 answer is scaled to sum to one again, so every answer is a probability row.
 
-**Noise.** ``p'_k ∝ p_k · exp(S · g_k)`` with independent standard normal ``g_k``: normal noise on the logits, of which
-the probabilities show all that matters. It is the plainest randomised perturbation, not one of the optimised ones
-(the reverse sigmoid of Lee et al., 2018; MAD, Orekondy et al., ICLR 2020), and like MAD, unlike the reverse sigmoid, it
-may change the top-1 label. The noise is a function of the victim, the account and the query's key: a query that is
-asked again, because its answer was lost, gets the same answer, free of charge; the same image under another key is paid
-again and gets fresh noise, so whoever pays n times can average it down to S/√n.
+**Noise.** ``p'_k ∝ p_k · exp(S · g_k)`` with independent standard normal ``g_k``. This is normal noise on the logits,
+for which the probabilities suffice. It is the plainest randomised perturbation. Optimised ones are the reverse sigmoid
+(Lee et al., 2018) and MAD (Orekondy et al., ICLR 2020). Like MAD, and unlike the reverse sigmoid, it may change the
+top-1 label. The noise is a function of the victim, the account and the query's key. A query that is asked again,
+because its answer was lost, therefore gets the same answer, free of charge. The same image under another key is paid
+again and gets fresh noise, so an account that pays n times can average the noise down to S/√n.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from simulator.seeding import generator_for
 
 #: between the steps of a mode
 THEN = " then "
-# no number has two spellings, for a mode is part of what a scenario's id is made of
+# every number has one spelling, because a scenario's id is made of its mode, too
 _STEPS = re.compile(r"hard|top-([1-9][0-9]*)|round-([1-9])|noise-(0\.[0-9]*[1-9]|[1-9][0-9]{0,2}(?:\.[0-9]*[1-9])?)")
 
 Step = Callable[[Tensor], Tensor]
 
 
 def check_labels(mode: str) -> str:
-    """The mode itself.
+    """Checks an answer mode, and gives it back.
 
     Raises:
-        InputError: no such mode.
+        InputError: there is no such mode.
     """
     steps = mode.split(THEN)
     if mode != "soft" and not all(_STEPS.fullmatch(step) for step in steps):
@@ -61,17 +61,18 @@ Labels = Annotated[str, AfterValidator(check_labels)]
 
 
 def gives_labels(mode: str) -> bool:
-    """Whether answers of the mode are one-hot labels: it is, or ends with, ``hard``."""
+    """Whether answers of the mode are one-hot labels, as of ``hard`` and ``top-3 then hard``."""
     return mode.split(THEN)[-1] == "hard"
 
 
 def keeps_zeros(mode: str) -> bool:
-    """Whether a 0 in an answer of the mode is the victim's own 0, and not a probability left out or rounded away."""
+    """Whether a 0 in an answer of the mode is the victim's own 0. Modes that leave out or round probabilities make
+    others."""
     return all(step == "soft" or step.startswith("noise-") for step in mode.split(THEN))
 
 
 def most_kept(mode: str) -> int:
-    """The largest K of the mode's ``top-K`` steps; 0 where it has none."""
+    """The largest K of the mode's ``top-K`` steps; 0 without such a step."""
     return max(int(step.removeprefix("top-")) if step.startswith("top-") else 0 for step in mode.split(THEN))
 
 
@@ -79,8 +80,8 @@ def answer_policy(mode: str, *query: object) -> Callable[[Tensor], Tensor]:
     """The function from probability rows ``(B, K)`` to the answer rows of a mode, float32 ``(B, K)`` summing to one.
 
     Args:
-        query: words that name the query (the victim, the account, the key). The noise of a mode that has some is drawn
-            from them and from the mode: the same words give the same noise.
+        query: words that name the query (the victim, the account, the key). Noise is drawn from them and from the mode,
+            so the same words give the same noise.
     """
     steps = [_step(step, (mode, number, *query)) for number, step in enumerate(check_labels(mode).split(THEN))]
 
@@ -120,11 +121,11 @@ def _truncated(rows: Tensor, count: int) -> Tensor:
 def _rounded(rows: Tensor, digits: int) -> Tensor:
     rounded = rows.round(decimals=digits)
     total = rounded.sum(1, keepdim=True)
-    # with many classes every probability may round to nothing; the label is then all that is left
+    # with many classes every probability may round to 0: the answer is then the label
     return torch.where(total > 0, rounded / total.clamp_min(1e-12), one_hot(rows))
 
 
 def _noisy(rows: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
     noise = torch.randn(rows.shape, generator=generator).mul_(deviation)
-    # in logits, where a large deviation cannot overflow; log 0 is -inf, which stays 0
+    # added to logits, which cannot overflow; the log of 0 is -inf, which becomes 0 again
     return (rows.log() + noise).softmax(1)

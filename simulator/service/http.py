@@ -1,11 +1,11 @@
-"""A victim behind HTTP, from the client's side: the way of any attack, and of verification, to such a door.
+"""The client of a victim behind HTTP, for any attack and for verification.
 
-The door is the one of ``exsim serve`` (docs/http.md). Its messages are the models below, which its server uses too:
+The server is ``exsim serve`` (docs/http.md). Client and server share the messages below:
 
     GET  /v1/model      -> ModelInfo         GET /v1/account -> AccountInfo
     POST /v1/predict    -> Prediction        images as a .npy file, ``Idempotency-Key`` names the query in the ledger
 
-Any error is a :class:`Problem` (RFC 9457). A query whose answer was lost on the way is sent again under its key, free
+Every error is a :class:`Problem` (RFC 9457). A query whose answer was lost on the way is sent again under its key, free
 of charge.
 """
 
@@ -31,23 +31,23 @@ from simulator.service.ledger import digest_of
 from simulator.service.oracle import BudgetExhausted, ServiceOracle
 from simulator.service.query import Query
 
-#: seconds until a connection, and until an answer
+#: seconds to wait for a connection, and for an answer
 TIMEOUT = (10.0, 120.0)
 #: seconds that a client goes on asking for a lost answer
 PATIENCE = 60.0
 #: bytes of a reply at most; the largest answer of a door (see ``MAX_BYTES`` in query.py) is a third of it as JSON
 LARGEST_REPLY = 64 << 20
-#: of the door itself, whose service is being started again
+#: statuses that the door sends while its service is being started again
 UNAVAILABLE = (502, 503, 504)
 NPY = "application/octet-stream"
 
 
 class ModelInfo(BaseModel):
-    """What a client may know of the model."""
+    """The description of a model that its clients may read."""
 
     model_config = ConfigDict(title="Model")
 
-    # not a tuple, of which FastAPI makes a schema that OpenAPI 3.1 does not allow
+    # a list, because FastAPI's schema of a tuple is not allowed in OpenAPI 3.1
     shape: list[int] = Field(min_length=3, max_length=3, description="(C, H, W) of one image")
     classes: int = Field(ge=2, description="K, the length of an answer row")
     labels: str = Field(description="answer mode: soft, hard, top-K, round-D, ...")
@@ -78,7 +78,7 @@ class Prediction(BaseModel):
 
 
 class Problem(BaseModel):
-    """What went wrong (RFC 9457, application/problem+json)."""
+    """The description of an error (RFC 9457, application/problem+json)."""
 
     model_config = ConfigDict(title="Problem")
 
@@ -92,11 +92,11 @@ class Problem(BaseModel):
 
 
 class Unreachable(InputError):
-    """Nothing answers at the address, or not as a door does."""
+    """Nothing answers at the address, or something that is no door."""
 
 
 class _Bearer(requests.auth.AuthBase):
-    """The token of a request. As ``auth`` and not as a header, which a ~/.netrc would replace."""
+    """Adds the token to a request. It is no plain header, because a ~/.netrc would replace that."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -114,12 +114,12 @@ class _Session(requests.Session):
 
 
 class HttpClient:
-    """Sends requests to one address, again where the way there fails, and turns every failure into one line.
+    """Sends requests to one address. A request that got no answer is sent again; every failure is told in one line.
 
     Args:
-        url: ``http://`` or ``https://`` and a host; for our doors without a path.
+        url: ``http://`` or ``https://`` and a host; for a door of ``exsim serve`` without a path.
         token: the bearer token, or None.
-        patience: seconds of trying again when nothing answers.
+        patience: seconds for which a request without an answer is sent again.
 
     Raises:
         InputError: the address or the token cannot be sent.
@@ -139,8 +139,8 @@ class HttpClient:
 
         Raises:
             BudgetExhausted: status 429.
-            Unreachable: nothing answers, or something that speaks no JSON.
-            InputError: any other refusal, with what the door says of it.
+            Unreachable: nothing answers, or the answer is no JSON.
+            InputError: the door refused the request otherwise; the message has the door's reason.
         """
         where, deadline, pause = self.url + path, time.monotonic() + self._patience, 0.2
         while True:
@@ -189,7 +189,7 @@ def _value(where: str, status: int, body: bytes) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause in one line; requests wraps it several times."""
+    """The innermost cause in one line. The library requests wraps it several times."""
     while isinstance(getattr(error, "reason", None) or (error.args and error.args[0]), Exception):
         error = getattr(error, "reason", None) or error.args[0]
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -215,7 +215,7 @@ def _read(model: type[Any], value: object, where: str) -> Any:
 
 
 def model_info(client: HttpClient) -> ModelInfo:
-    """What the door says of its model."""
+    """The door's description of its model."""
     info: ModelInfo = _read(ModelInfo, client.send("GET", "/v1/model"), client.url)
     return info
 
@@ -231,7 +231,7 @@ def predict(client: HttpClient, images: NDArray[np.generic], key: str) -> NDArra
 
     Args:
         images: ``(B, C, H, W)`` uint8, or float32 in [0, 1].
-        key: names the query; the same key with the same images is answered again for nothing.
+        key: names the query. The same images under the same key are answered again free of charge.
     """
     body = io.BytesIO()
     np.save(body, np.ascontiguousarray(images), allow_pickle=False)
@@ -249,8 +249,8 @@ class HttpTransport:
     """Queries over HTTP: a :class:`~simulator.service.oracle.Transport`.
 
     Args:
-        session: put before every key. An attack that is started again under the session's name asks under the same
-            keys, and pays nothing twice; two attacks at one account need two names.
+        session: put before every key. An attack that is started again with the same session asks under the same keys,
+            and pays nothing twice. Two attacks at one account need two sessions.
     """
 
     def __init__(self, url: str, *, session: str, patience: float = PATIENCE) -> None:
@@ -278,8 +278,8 @@ def connect(
 
     Args:
         session: name of this attack at the account (see :class:`HttpTransport`); a new one by default.
-        budget: images that may be asked; by default what the account has left. An attack that is started again under
-            its session's name is given the number that it had the first time, for what it has paid it asks again.
+        budget: images that may be asked; by default the account's remaining ones. To go on with an attack, give the
+            session and the budget that it had the first time, because it asks again what it has paid for.
 
     Raises:
         InputError: nothing answers there, or the token is refused.

@@ -4,13 +4,15 @@ Every account has a budget in images. A grant is written to disk before it is gi
 
     answered images = charged images <= budget
 
-holds for every account. A grant is named by the account and a key that the client chooses; asking again with the same
-key and the same images is free (an answer lost on the way is asked again), the same key with other images is refused.
-The file is a log of lines ``<crc32> <json>``. A last line without its end was torn by a kill: it was never acknowledged
-and is cut off. Anything else that is not as it was written is damage, and the file is refused.
+holds for every account. A grant is named by the account and by a key that the client chooses. To ask again with the
+same key and the same images is free, as a client does when an answer was lost on the way. The same key with other
+images is refused.
 
-One process has the file at a time, by a lock that the system takes from a killed process: where a driver was killed,
-its ledger's process may live on for a moment and grant what the next one would not know of.
+The file is a log of lines ``<crc32> <json>``. A kill may tear the last line: it has no end then, was never
+acknowledged, and is cut off. Any other change to the file is damage, and the file is refused.
+
+One process has the file at a time. It holds a lock, which the system takes from a killed process. Without the lock, the
+ledger of a killed driver could live on for a moment, and make grants that the next ledger would not know.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 from simulator.errors import InputError
 from simulator.files import try_lock
 
-#: seconds to wait for the process that has the log
+#: seconds to wait until another process gives up the log
 PATIENCE = 60.0
 #: keys are natural numbers below this
 KEYS = 2**63
@@ -39,7 +41,7 @@ SHOWN = 60
 
 
 class Refused(InputError):
-    """The ledger refused a request; nothing was charged."""
+    """The ledger refused a request, and charged nothing."""
 
 
 class Unauthorised(Refused):
@@ -56,7 +58,7 @@ class OverBudget(Refused):
 
 @dataclass(frozen=True)
 class Terms:
-    """What an account was opened for.
+    """The terms of an account, which never change.
 
     Attributes:
         victim: id of the model that answers.
@@ -161,9 +163,9 @@ class Ledger:
         return reply
 
     def reserve_all(self, requests: Sequence[Request]) -> list[Grant | Refused]:
-        """What :meth:`reserve` says to each of several requests. One that is refused does not touch the others.
+        """The reply of :meth:`reserve` to each of several requests. A refused request does not touch the others.
 
-        All grants go to the disk in one write, and with ``sync`` are waited for once, before any of them is given.
+        One write puts all grants on the disk, before any of them is given. With ``sync`` the disk is waited for once.
         """
         replies: list[Grant | Refused] = []
         fresh: list[Request] = []
@@ -191,13 +193,13 @@ class Ledger:
         """The reply to one request, with a fresh grant entered into the account and not yet on the disk."""
         account, key, count, digest = asked.account, asked.key, asked.count, asked.digest
         entry = self._find(account)
-        # the same answer for an unknown account and a wrong token: nobody learns which accounts exist
+        # an unknown account and a wrong token get the same refusal, so that nobody learns which accounts exist
         if entry is None or not _fits(asked.token, entry.terms):
             raise Unauthorised(f"account {_shown(account)}: unknown account or wrong token")
         name = account if account.isprintable() else repr(account)
         if type(key) is not int or type(count) is not int or type(digest) is not str:
             raise Refused(f"account {name}: key and count must be integers and the digest text")
-        if not -KEYS <= key < KEYS or not -KEYS <= count < KEYS:  # before they are printed, which may take too long
+        if not -KEYS <= key < KEYS or not -KEYS <= count < KEYS:  # checked first: longer numbers take long to print
             raise Refused(f"account {name}: key and count must be at least 0 and 1, and below {KEYS}")
         remaining = entry.terms.budget - entry.spent
         paid = entry.grants.get(key)
@@ -217,7 +219,7 @@ class Ledger:
         return Grant(count, fresh=True, remaining=remaining - count)
 
     def terms(self, account: str) -> Terms:
-        """What the account was opened for."""
+        """The terms of an account."""
         entry = self._find(account)
         if entry is None:
             raise Unauthorised(f"account {_shown(account)}: unknown account or wrong token")
@@ -250,7 +252,7 @@ class Ledger:
             if self._sync:
                 os.fdatasync(self._file)
         except OSError:
-            # the grant is not given: were its record left, the next one would follow a torn line or charge twice
+            # the grant is not given. Its record goes, or the next one would follow a torn line, or charge twice
             os.ftruncate(self._file, start)
             os.lseek(self._file, start, os.SEEK_SET)
             raise
@@ -267,7 +269,7 @@ class Ledger:
             time.sleep(0.05)
 
     def _replay(self) -> int:
-        """Rebuilds the accounts from the log; returns where its last whole record ends."""
+        """Rebuilds the accounts from the log; returns the position after its last whole record."""
         with open(self._file, "rb", closefd=False) as log:
             data = log.read()
         lines = data.split(b"\n")
@@ -278,13 +280,13 @@ class Ledger:
             if record is None or not self._take(record):
                 raise InputError(f"{self._path}: line {number} is damaged; restore the file from a copy")
             end += len(line) + 1
-        # all of a record and then something else than the end of its line is no kill's doing
+        # a kill does not leave a whole record with something else than the line's end behind it
         if _parse(torn[:-1]) is not None:
             raise InputError(f"{self._path}: line {len(lines) + 1} is damaged; restore the file from a copy")
         return end
 
     def _take(self, record: dict[str, Any]) -> bool:
-        """Takes over a record of the log; whether it can be one of this log's."""
+        """Enters a record of the log into the accounts; false if the record does not fit them."""
         with contextlib.suppress(KeyError, TypeError):
             if "open" in record:
                 name = record.pop("open")
@@ -302,15 +304,15 @@ class Ledger:
 
 
 def _fits(token: str, terms: Terms) -> bool:
-    """Whether a token is the account's, in a time that does not depend on it."""
+    """Whether a token is the account's. The time it takes does not depend on the token."""
     try:
         return hmac.compare_digest(hash_token(token), terms.token_hash)
-    except (AttributeError, TypeError, UnicodeError):  # not text, or none that can be written
+    except (AttributeError, TypeError, UnicodeError):  # not text, or text that cannot be encoded
         return False
 
 
 def _shown(account: object) -> str:
-    """An account that somebody named, as part of a message of one line."""
+    """The name of an unknown account, cut to fit into a message of one line."""
     return repr(account[:SHOWN]) if type(account) is str else f"of type {type(account).__name__}"
 
 
@@ -320,7 +322,7 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a whole, undamaged line without its end, else None."""
+    """The record of a line, which is given without its end; None if the line is torn or damaged."""
     body = line[9:]
     if line[8:9] != b" " or line[:8] != b"%08x" % zlib.crc32(body):
         return None

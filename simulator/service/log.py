@@ -1,27 +1,27 @@
-"""The query log: what a defender could have seen of every query, in Parquet. Off unless a run sets ``query_log: true``.
+"""The query log: all that a defender can see of every query, in Parquet. A run writes it if ``query_log: true``.
 
 ``queries/*.parquet`` reads as one table in DuckDB, Polars and pandas:
 
 ============ ========= ================================================================================================
 ``time``     timestamp when the query arrived, UTC; null in entries that were restored from the ledger
-``account``  string    who asked; null where what was sent is no name
-``attack``   string    what the simulator knows and a defender would not: the attack behind the account
-``key``      int64     the client's number for the query; null where it is no 64-bit integer
+``account``  string    the account that asked; null where the query names none
+``attack``   string    the attack behind the account, which a defender would not know
+``key``      int64     the client's number for the query; null where the number is no 64-bit integer
 ``digest``   string    BLAKE2b digest of the images; null where they were not well-formed
 ``count``    int64     images in the query; null where they are no batch
-``latency``  double    seconds from its arrival at the service to its answer or refusal; null as ``time``
+``latency``  double    seconds from the query's arrival to its answer or refusal; null where ``time`` is
 ``outcome``  string    ``answered`` and charged, ``repeated`` (answered again at no charge), ``refused`` by the ledger,
                        ``malformed``
-``reason``   string    why it was refused
+``reason``   string    why the query was refused; null where it was not
 ============ ========= ================================================================================================
 
-**Off the query path.** A query leaves a tuple in a queue of bounded length; one thread of each service process takes
-them out and writes a part file for every ``ROWS`` entries, or after ``SECONDS``. Were the disk slower than that for
-long, queries would wait for it.
+**Off the query path.** A query puts a tuple into a queue of bounded length. One thread of each service process takes
+the tuples out, and writes a part file for every ``ROWS`` entries, or after ``SECONDS``. If the disk is slower than that
+for long, the queue fills and queries wait.
 
-**Under kills.** A service process that is killed takes with it what it has not written: the last ``SECONDS`` or so.
-When a run ends, also one that was resumed, :func:`restore` adds from the ledger every query that was paid and is not in
-the log as ``answered``, without its time and latency. So after a run that ended, for every account,
+**Under kills.** A service process that is killed loses the entries that it has not written: those of the last
+``SECONDS`` or so. When a run ends, :func:`restore` adds from the ledger every query that was paid and is not in the log
+as ``answered``, without its time and latency. So after a run that ended, for every account,
 
     sum of ``count`` where ``outcome = 'answered'`` = images charged by the ledger
 """
@@ -52,7 +52,7 @@ ROWS = 4096
 WAITING = 4 * ROWS
 #: seconds that an entry waits, at most
 SECONDS = 2.0
-#: the part that :func:`restore` writes
+#: name of the part that :func:`restore` writes
 RESTORED = "part-restored"
 
 #: the columns of ``queries/*.parquet``
@@ -80,7 +80,7 @@ class QueryLog:
     """The log of one service process.
 
     Args:
-        write: writes a part: its name, and the bytes of a Parquet file. Called from another thread.
+        write: called with the name of a part and the bytes of its Parquet file, in another thread.
         attacks: the attack behind each account.
     """
 
@@ -94,15 +94,15 @@ class QueryLog:
         self._thread.start()
 
     def note(self, query: Query, digest: str | None, reply: Grant | InputError, started: float) -> None:
-        """Notes a query that has been answered, or refused.
+        """Enters a query that has been answered or refused.
 
         Args:
-            digest: of its images, if they were well-formed.
-            reply: what allowed it, or why it was refused.
-            started: when it arrived, by :func:`time.perf_counter`.
+            digest: of its images; None if they were malformed.
+            reply: the ledger's grant, or why the query was refused.
+            started: when the query arrived, by :func:`time.perf_counter`.
 
         Raises:
-            OSError: earlier entries could not be written; an owner who wants a log answers nothing without one.
+            OSError: earlier entries could not be written. An owner who wants a log answers nothing without it.
         """
         if self._error is not None:
             raise OSError(f"the query log cannot be written: {self._error}")
@@ -121,7 +121,7 @@ class QueryLog:
         self._queue.put((arrived, account, attack, key, digest, count, latency, outcome, reason))
 
     def close(self) -> None:
-        """Writes what waits. Nothing may be noted afterwards."""
+        """Writes all entries that wait. No query may be noted afterwards."""
         if not self._closed:
             self._closed = True
             self._queue.put(None)
@@ -147,11 +147,11 @@ class QueryLog:
                 self._flush(waiting)
 
     def _flush(self, waiting: list[Entry]) -> None:
-        """Writes the entries and forgets them. After a failure they are dropped, and :meth:`note` says why."""
+        """Writes the entries and clears the list. After a failure entries are dropped, and :meth:`note` raises it."""
         if waiting and self._error is None:
             try:
                 self._write(f"{self._name}-{self._parts:06d}", encode(waiting))
-            except Exception as error:  # of whatever kind: nobody is above this thread to see it
+            except Exception as error:  # any error: this thread has no caller who could see it
                 self._error = error
             self._parts += 1
         waiting.clear()
@@ -167,10 +167,10 @@ def encode(entries: Sequence[Entry]) -> bytes:
 
 
 def restore(path: Path, ledger: Ledger, attacks: Mapping[str, str]) -> int:
-    """Adds the paid queries that are missing from a log whose writers have ended, from the ledger; returns how many.
+    """Adds to a log the paid queries that it lacks, from the ledger; returns how many. All its writers must have ended.
 
     Args:
-        path: where the parts lie.
+        path: the folder of the parts.
         attacks: the attack behind each account.
     """
     folder = Folder(path, ".parquet")
@@ -195,6 +195,6 @@ def restore(path: Path, ledger: Ledger, attacks: Mapping[str, str]) -> int:
 
 
 def _length(images: Any) -> int | None:
-    """How many images there are in what was sent."""
+    """The number of images in what was sent as such; None if it is no batch."""
     shape = getattr(images, "shape", None)
     return int(shape[0]) if isinstance(shape, tuple) and shape else None

@@ -1,4 +1,4 @@
-"""What an attacker has of the victim: answers to images, while its budget lasts."""
+"""Oracles: an attacker's view of a victim, which answers images while a budget lasts."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Oracle(Protocol):
 
 
 class Transport(Protocol):
-    """How queries reach a service."""
+    """Sends queries to a service."""
 
     def send_all(self, queries: list[Query]) -> list[NDArray[np.float32]]:
-        """The answers to several queries, in their order; asks again, with the same keys, what was lost on the way."""
+        """The answers to several queries, in their order. A query whose answer was lost is sent again under its key."""
         ...
 
 
@@ -86,7 +86,7 @@ class Listener(Protocol):
 
 
 class BudgetedOracle(ABC):
-    """What all oracles share: a budget in images, beyond which nothing is asked.
+    """The base of all oracles: a budget in images, beyond which every query is refused.
 
     Attributes:
         asked: images that this oracle has answered. A :class:`ServiceOracle` that was restored counts those before,
@@ -177,9 +177,9 @@ def chunked(images: Tensor, classes: int) -> tuple[Tensor, ...]:
 
 
 class SharedOracle(BudgetedOracle):
-    """The oracle of attackers who collude: each has an account and a budget of its own, and all pool the answers.
+    """The oracle of attackers who collude: each has an account with its own budget, and all share the answers.
 
-    Images are asked at the account that has the most budget left, so that all are spent evenly.
+    The account with the most budget left asks next, so that all budgets are spent evenly.
     """
 
     def __init__(self, oracles: Sequence[ServiceOracle]) -> None:
@@ -206,7 +206,7 @@ class SharedOracle(BudgetedOracle):
 
 
 class AllowanceOracle(BudgetedOracle):
-    """An oracle of which only a part of the budget may be used: one round of several."""
+    """A part of another oracle's budget, for one round of several."""
 
     def __init__(self, oracle: Oracle, allowance: int) -> None:
         super().__init__(oracle.labels, oracle.classes, oracle.shape, allowance)
@@ -225,7 +225,7 @@ class AllowanceOracle(BudgetedOracle):
 
 
 class ModelOracle(BudgetedOracle):
-    """An oracle over a model in memory: the owner's own simulated theft, and the second stage of a double theft."""
+    """An oracle over a model in memory, for an owner's simulated theft and for the second stage of a double theft."""
 
     def __init__(
         self, model: nn.Module, *, labels: str, classes: int, shape: tuple[int, int, int], budget: int
@@ -235,5 +235,5 @@ class ModelOracle(BudgetedOracle):
 
     def _answer(self, images: Tensor) -> Tensor:
         policy = answer_policy(self.labels, "model", self.asked)
-        # a copy, for autograd does not take what was made in inference mode
+        # a copy, because autograd refuses tensors that were made in inference mode
         return policy(predict(self._model, images)).clone()

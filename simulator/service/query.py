@@ -1,4 +1,4 @@
-"""A query: what it holds, and what is checked before it is paid for."""
+"""A query, and the checks that it passes before it is paid for."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAX_BYTES = 3 << 20
 
 
 class MalformedQuery(InputError):
-    """A query of the wrong shape, type, size or range; nothing was charged."""
+    """The query has a wrong shape, type, size or range; nothing was charged."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """One batch of images and who pays for it.
+    """One batch of images, and the account that pays for it.
 
     Attributes:
         account: name of the account in the ledger.
         token: its secret.
-        key: the client's number for this batch, used again when it asks again.
+        key: the client's number for this batch. The client uses the same number when it asks the batch again.
         images: ``(B, C, H, W)``, uint8 or float32 in [0, 1].
     """
 
@@ -40,10 +40,10 @@ class Query:
 
 
 def check_form(query: object) -> None:
-    """Sees that a query names an account, a token and a key. What they are worth is the ledger's to say.
+    """Checks that a query has an account, a token and a key of the right types. The ledger checks their values.
 
     Raises:
-        MalformedQuery: it is no query, or one of the three is of another type, or the key out of range.
+        MalformedQuery: it is no query, one of the three has a wrong type, or the key is out of range.
     """
     if type(query) is not Query:
         raise MalformedQuery(f"{type(query).__name__} is not a query")
@@ -57,16 +57,16 @@ def check_form(query: object) -> None:
 
 
 def check_images(images: object, channels: int, size: int) -> NDArray[np.generic]:
-    """The images, if a victim with such an input can answer them.
+    """Checks images against the input ``(channels, size, size)`` of a victim, and gives them back.
 
     Raises:
-        MalformedQuery: wrong type, shape, count, range, or not finite.
+        MalformedQuery: their type, shape, count or range is wrong, or they are not finite.
     """
     wanted = f"(1..{MAX_BATCH}, {channels}, {size}, {size}) uint8, or float32 in [0, 1]"
     if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
         found = str(images.dtype if isinstance(images, np.ndarray) else type(images).__name__)[:60]
         raise MalformedQuery(f"query of type {found}; allowed: {wanted}")
-    images = np.asarray(images)  # of a masked array all values count
+    images = np.asarray(images)  # drops the mask of a masked array: all its values are checked
     if images.ndim != 4 or images.shape[1:] != (channels, size, size) or not 1 <= len(images) <= MAX_BATCH:
         raise MalformedQuery(f"query of shape {images.shape}; allowed: {wanted}")
     if images.dtype == np.float32 and not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):

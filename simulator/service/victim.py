@@ -1,7 +1,7 @@
-"""The prediction service as a plain class: what runs inside the Ray Serve replica, and inside the loop without Ray.
+"""The victims as a plain class, which checks and answers queries: in a Ray Serve replica, and in a run without Ray.
 
-A query is checked, then paid for, then answered: a malformed query is refused and charges nothing, and an answer is
-never computed for images that were not charged.
+A query is paid for between the check and the answer (:mod:`simulator.service.visit`). So a malformed query is refused
+and charges nothing, and no answer is computed for images that were not charged.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from simulator.service.ledger import digest_of
 from simulator.service.query import MAX_BYTES, MalformedQuery, Query, check_images
 from simulator.training.predict import predict
 
-#: ``half`` answers in 16 bits where that is faster, which is on a GPU; elsewhere it is the same as ``full``
+#: ``half`` computes in 16 bits on a GPU, where that is faster; on a CPU it is the same as ``full``
 Precision = Literal["full", "half"]
 
 
-#: largest difference between a probability of an answer in half precision and the same in full precision
+#: a probability in half precision differs from the one in full precision by this much at most
 HALF_TOLERANCE = 1e-2
 
 
 class VictimService:
     """Answers queries with the victims it has been given.
 
-    An answer is a function of the images alone, in half precision too: a query is never computed together with another.
+    An answer is a function of the query alone, in half precision too, because two queries are never computed together.
 
     Args:
         device: where the models run.
         precision: ``half`` computes in float16 on a GPU, to within :data:`HALF_TOLERANCE` of the full answers.
-        half: the 16-bit type that ``half`` stands for, in place of what the device suggests (for tests on a CPU).
-        room: bytes of weights that are kept. A victim that does not fit takes the place of those that were asked
-            longest ago, which have to be added again before they are asked again. None: all are kept.
+        half: the 16-bit type of ``half``, in place of the device's own (for tests on a CPU).
+        room: bytes of weights that are kept; None keeps all. To make room for a new victim, those whose last query is
+            the oldest are dropped. A dropped victim has to be added again before it is asked.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class VictimService:
         return victim in self._models
 
     def add(self, victim: str, model: Classifier) -> None:
-        """Takes a model under a victim's id."""
+        """Adds a model under a victim's id."""
         self._models[victim] = model.to(self._device).eval()
         self._models.move_to_end(victim)
         while self._room is not None and len(self._models) > 1 and sum(map(_size, self._models.values())) > self._room:
@@ -80,19 +80,19 @@ class VictimService:
     def answer(self, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
         """Probability rows ``(B, K)`` float32 under an answer mode, for a query that has been checked and paid for.
 
-        The noise of a mode that has some is drawn from the victim's id, the account's name and the key, so that it is
-        the same when the query is asked again, at whichever replica and in whichever run.
+        Noise is drawn from the victim's id, the account's name and the key. It is therefore the same when the query is
+        asked again, at another replica or in another run.
         """
         return self.answering(victim, labels, query)()
 
     def answering(self, victim: str, labels: str, query: Query) -> Callable[[], NDArray[np.float32]]:
-        """What computes :meth:`answer`, whenever it is called: it keeps the victim, which may have to go meanwhile."""
+        """A function that computes :meth:`answer` later. It holds the model, so the victim may be dropped meanwhile."""
         self._models.move_to_end(victim)
         return partial(self._answer, self._models[victim], victim, labels, query)
 
     def _answer(self, model: Classifier, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
-        # torch warns about read-only memory, which Ray's zero-copy arrays are, and refuses negative strides, which for
-        # numpy are contiguous where a dimension has one entry
+        # torch warns about read-only memory, such as Ray's zero-copy arrays. It refuses negative strides, which numpy
+        # calls contiguous in a dimension of one entry
         images = np.require(query.images, requirements=["C", "W"])
         if min(images.strides) < 0:
             images = images.copy()
@@ -106,7 +106,7 @@ class VictimService:
             return predict(model, images)
         with torch.autocast(self._device.type, self._half):
             rows = predict(model, images)
-        # a logit beyond float16's range; the images alone decide this, too
+        # a logit was beyond float16's range, so the batch is computed in full: the images alone decide this, too
         return rows if bool(rows.isfinite().all()) else predict(model, images)
 
 
