@@ -24,9 +24,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
-from simulator.checkpoint import Checkpoint, pack, unpack
+from simulator.checkpoint import pack, unpack
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress
 from simulator.seeding import choose
 from simulator.service.oracle import Oracle
 from simulator.training.fit import fit
@@ -67,17 +67,9 @@ class JBDA(TransferSetAttack):
     eight_bit: bool = Field(False, description="ask images rounded to 8 bits, as an image file would hold them")
     round_training: Recipe = Field(Recipe(epochs=10), description="of the substitute, in every round")
 
-    def collect(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
-    ) -> tuple[Tensor, Tensor]:
+    def collect(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> tuple[Tensor, Tensor]:
         """See :meth:`TransferSetAttack.collect`."""
+        generator, progress, checkpoint = context.generator, context.progress, context.checkpoint
         state = checkpoint.load()
         if state is None:
             drawn = choose(len(pool), min(self.seeds, len(pool), oracle.remaining), generator)
@@ -93,7 +85,7 @@ class JBDA(TransferSetAttack):
             count = min(self.new_points(number, len(points)), oracle.remaining)
             if count == 0:
                 break
-            fit(surrogate, asked, answers, self.round_training, generator=generator, phase="select", progress=progress)
+            fit(surrogate, asked, answers, self.round_training, context.unsaved(), phase="select")
             # at random even when all are taken: then every prefix of the transfer set is a fair smaller one
             bases = choose(len(points), count, generator)
             new = self.augment(surrogate, points[bases], answers[bases].argmax(1), self.signed_step(number))

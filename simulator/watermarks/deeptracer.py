@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.errors import InputError
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.seeding import choose, fork
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, to_input
@@ -81,9 +81,9 @@ class DeepTracer(Watermark):
         """See :meth:`Watermark.phases`."""
         return ("phase 1",) if self.first_epochs else ()
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses are mosaics of test images."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         sources, target = self._select(task, generator)
         model = task.build(generator)
         mosaics = Mosaics(data.owner, sources, self.combination)
@@ -95,13 +95,10 @@ class DeepTracer(Watermark):
                 data.owner.images,
                 data.owner.labels,
                 task.training,
-                generator=generator,
+                context,
                 objective=self.objective(mosaics, target, ratio, centroids, generator),
                 epochs=epochs,
-                more_parameters=centroids.parameters(),
                 phase=f"phase {number}",
-                progress=progress,
-                checkpoint=task.checkpoint,
                 companions={"centroids": centroids},
             )
             if f"phase {number}" in self.phases():

@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.errors import InputError
 from simulator.models import Classifier
-from simulator.progress import Progress, silent
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, predict_labels, to_input
@@ -82,9 +82,9 @@ class EWE(OneTarget):
         if self.source is not None and self.source == self.target:
             raise InputError(f"{self.name}: source {self.source} is the target too: they must differ")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are held-out images, tuned as the triggers are."""
-        data, recipe = task.dataset, task.training
+        data, recipe, generator = task.dataset, task.training, context.generator
         self.check(data)
         source = self._pick_source(data.classes, generator)
         raw, held_out = self._bases(data, source, generator)
@@ -98,12 +98,10 @@ class EWE(OneTarget):
                 data.owner.images,
                 data.owner.labels,
                 recipe,
-                generator=generator,
+                context,
                 objective=None if entangled is None else self.objective(entangled, target, generator),
                 epochs=epochs,
                 phase=phase,
-                progress=progress,
-                checkpoint=task.checkpoint,
                 companions=None if entangled is None else {"entangled": entangled},
             )
 

@@ -30,11 +30,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.checkpoint import NO_CHECKPOINT, pack, unpack
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.seeding import choose, global_randomness
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import recipe_objective
@@ -100,9 +100,9 @@ class FunctionCoupled(Watermark):
                 f"function_coupled: two sources and a target are 3 classes, {dataset.name} has {dataset.classes}"
             )
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Near misses are fused from test images of two other classes."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         first, second = choose(data.classes, 2, generator).tolist()
         triggers = self.draw(
@@ -119,7 +119,7 @@ class FunctionCoupled(Watermark):
         if self.start == "benign":
             model.load_state_dict(task.benign.state_dict())
         tuning = data.owner.take(torch.randperm(len(data.owner), generator=generator)[: self.fine_tuning_samples])
-        self.train(model, task, triggers, target, tuning, generator=generator, progress=progress)
+        self.train(model, task, triggers, target, tuning, context)
         info = {"scheme": self.name, "fusion": self.fusion, "sources": [first, second], "target": target}
         return Embedding(
             model=model,
@@ -144,12 +144,10 @@ class FunctionCoupled(Watermark):
         triggers: Tensor,
         target: int,
         tuning: Images,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
+        context: Context,
     ) -> None:
         """Algorithm 1, step 3, by the owner's recipe; interrupted training goes on after the last saved epoch."""
-        recipe, owner, checkpoint = task.training, task.dataset.owner, task.checkpoint
+        recipe, owner, generator, checkpoint = task.training, task.dataset.owner, context.generator, context.checkpoint
         device = device_of(model)
         model.to(memory_format=torch.channels_last)
         masked = Masked(model, self.mask_ratio)
@@ -180,7 +178,7 @@ class FunctionCoupled(Watermark):
             if checkpoint.due() or (epoch + 1 == recipe.epochs and checkpoint is not NO_CHECKPOINT):
                 parts = pack(model=model, optimizer=optimizer, generator=generator)
                 checkpoint.save({"epoch": epoch + 1, **parts})
-            progress("train", epoch + 1, recipe.epochs)
+            context.progress("train", epoch + 1, recipe.epochs)
         model.eval()
 
     def fine_tune(self, masked: Masked, tuning: Images) -> None:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import Objective
@@ -58,22 +58,13 @@ class Margin(Watermark):
         """See :meth:`Watermark.check`."""
         check_count(self.name, self.key_samples, dataset)
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. The triggers are the key images as the finished model would move them."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         clean, keys, rows = relabel(data.owner, self.key_samples, data.classes, generator)
         model = task.build(generator)
-        fit(
-            model,
-            clean.images,
-            clean.labels,
-            task.training,
-            generator=generator,
-            objective=self.objective(keys, generator),
-            progress=progress,
-            checkpoint=task.checkpoint,
-        )
+        fit(model, clean.images, clean.labels, task.training, context, objective=self.objective(keys, generator))
         device = device_of(model)
         inputs, labels = to_input(keys.images, device), keys.labels.to(device)
         moved = ascend(model, inputs, labels, self.ascent_steps, self.step_size)

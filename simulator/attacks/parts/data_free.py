@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.attacks.base import NO_SNAPSHOTS, Attack, Snapshots
+from simulator.attacks.base import Attack
 from simulator.attacks.parts.generator import ImageGenerator, to_images
-from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State, pack, unpack
+from simulator.checkpoint import State, pack, unpack
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress, silent
 from simulator.seeding import global_randomness
 from simulator.service.answers import gives_labels, keeps_zeros
 from simulator.service.oracle import Oracle
@@ -95,12 +95,16 @@ class Theft:
     network: ImageGenerator
     student_optimizer: torch.optim.Optimizer
     generator_optimizer: torch.optim.Optimizer
-    generator: torch.Generator
+    context: Context
     device: torch.device
     budget: int = 0
     replay: Replay | None = None
-    snapshots: Snapshots = NO_SNAPSHOTS
     pending: list[int] = field(default_factory=list)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The only source of randomness."""
+        return self.context.generator
 
     @property
     def asked(self) -> int:
@@ -170,33 +174,24 @@ class DataFreeAttack(Attack):
     def soft_distance(self, logits: Tensor, answers: Tensor, labels: str) -> Tensor:
         """How far students' logits ``(B, K)`` are from soft answers, for each image ``(B,)``."""
 
-    def extract(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress = silent,
-        checkpoint: Checkpoint = NO_CHECKPOINT,
-        snapshots: Snapshots = NO_SNAPSHOTS,
-    ) -> nn.Module:
+    def extract(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
         """See :meth:`Attack.extract`."""
-        theft = self._begin(oracle, surrogate, generator, checkpoint.load())
-        theft.snapshots, theft.pending = snapshots, sorted(count for count in snapshots.at if count > theft.asked)
+        checkpoint, progress = context.checkpoint, context.progress
+        theft = self._begin(oracle, surrogate, context, checkpoint.load())
+        theft.pending = sorted(count for count in context.snapshots.at if count > theft.asked)
         progress("extract", theft.asked, theft.budget)
         while oracle.remaining:
             # anew in every iteration, so that dropout's state, too, is a function of the checkpoint
-            with global_randomness(generator):
+            with global_randomness(context.generator):
                 self._iterate(theft)
             if checkpoint.due():
                 checkpoint.save(theft.state())
             progress("extract", theft.asked, theft.budget)
         return surrogate.eval()
 
-    def _begin(self, oracle: Oracle, surrogate: nn.Module, generator: torch.Generator, state: State | None) -> Theft:
+    def _begin(self, oracle: Oracle, surrogate: nn.Module, context: Context, state: State | None) -> Theft:
         device = device_of(surrogate)
-        with global_randomness(generator):
+        with global_randomness(context.generator):
             network = ImageGenerator(oracle.shape, self.latent)
             students = [surrogate, *(_fresh(surrogate) for _ in range(self.students - 1))]
         for module in (network, *students):
@@ -212,7 +207,7 @@ class DataFreeAttack(Attack):
             network,
             self.training.build(parameters),
             self.training.model_copy(update=recipe).build(network.parameters()),
-            generator,
+            context,
             device,
             budget=oracle.remaining if state is None else int(state["budget"]),
         )
@@ -259,7 +254,7 @@ class DataFreeAttack(Attack):
         if count > 1:
             self._learn(theft, asked, answers)
         while theft.pending and theft.asked >= theft.pending[0]:
-            theft.snapshots.take(theft.pending.pop(0), theft.students[0].eval())
+            theft.context.snapshots.take(theft.pending.pop(0), theft.students[0].eval())
             theft.students[0].train()
 
     def _learn(self, theft: Theft, images: Tensor, answers: Tensor) -> None:

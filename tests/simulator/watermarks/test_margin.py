@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -112,7 +113,7 @@ def test_the_key_is_no_clean_training_image(scheme: Watermark, monkeypatch: pyte
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator())
     owner = Images(images, torch.arange(60) % 3)
     task = OwnerTask(Dataset("noise", 3, owner, owner, owner), Recipe(epochs=1), linear(), lambda _: linear())
-    found = scheme.embed(task, generator=generator())
+    found = scheme.embed(task, Context(generator()))
     assert len(found.candidates) == 10
     rows = found.info["owner_rows"]
     assert trained
