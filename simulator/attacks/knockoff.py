@@ -142,6 +142,7 @@ class Knockoff(TransferSetAttack):
         count = min(self.training.batch_size, len(images))
         if count < 2:  # batch normalisation cannot train on one image
             return
+        # A loop of its own, because the optimiser's momentum lives on from one batch of pulls to the next.
         objective, device = recipe_objective(self.training), device_of(surrogate)
         surrogate.train()
         with global_randomness(generator):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,24 @@ from simulator.training.recipe import Objective, Recipe, recipe_objective
 Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What a training does around the steps of the loop.
+
+    Attributes:
+        around_epoch: makes the context of an epoch, such as one that draws masks before it and fine-tunes after it. It
+            stands in place of the one seed that dropout gets for the whole training, so it seeds dropout itself, by
+            :func:`simulator.seeding.global_randomness`.
+        around_step: makes the context of the optimiser's step on a batch.
+        least_batch: the smallest batch that is trained on. Batch normalisation cannot train on one image; an objective
+            that adds images of its own can have a batch of one.
+    """
+
+    around_epoch: Callable[[], AbstractContextManager[object]] | None = None
+    around_step: Callable[[], AbstractContextManager[object]] = nullcontext
+    least_batch: int = 2
+
+
 def fit(
     model: nn.Module,
     images: Tensor,
@@ -29,6 +47,7 @@ def fit(
     epochs: int | None = None,
     phase: str = "train",
     companions: Mapping[str, nn.Module] | None = None,
+    hooks: Hooks = Hooks(),
 ) -> nn.Module:
     """Trains ``model`` in place and returns it in evaluation mode.
 
@@ -43,6 +62,7 @@ def fit(
         epochs: in place of the recipe's.
         companions: modules of the objective's, by name: they stand in the checkpoint, and their parameters are learned
             beside the model's own.
+        hooks: what happens around epochs and steps.
     """
     device, generator, checkpoint = device_of(model), context.generator, context.checkpoint
     companions = companions or {}
@@ -56,17 +76,20 @@ def fit(
     if phase in resumption.over:
         return model.eval()
     model.train()
-    with resumption.randomness(generator):
+    with nullcontext() if hooks.around_epoch else resumption.randomness(generator):
         for epoch in range(resumption.epoch, epochs):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(epoch, epochs)
-            for index in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
-                if len(index) == 1:  # batch normalisation cannot train on one image
-                    continue
-                loss = objective(model, to_input(images[index], device), targets[index].to(device, non_blocking=True))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            with hooks.around_epoch() if hooks.around_epoch else nullcontext():
+                for index in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
+                    if len(index) < hooks.least_batch:
+                        continue
+                    answers = targets[index].to(device, non_blocking=True)
+                    loss = objective(model, to_input(images[index], device), answers)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    with hooks.around_step():
+                        optimizer.step()
             if checkpoint.due():
                 resumption.save(checkpoint, phase, epoch + 1, parts)
             context.progress(phase, epoch + 1, epochs)

@@ -1,5 +1,6 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from simulator.context import Context
 from simulator.models import Classifier, build
-from simulator.seeding import generator_for
-from simulator.training.fit import fit
+from simulator.seeding import generator_for, global_randomness
+from simulator.training.fit import Hooks, fit
 from simulator.training.predict import (
     PREDICT_BATCH,
     choose_device,
@@ -291,6 +292,45 @@ def test_companions_are_learned_beside_the_model() -> None:
 
     fit(linear(), *stripes(50), FAST, Context(generator_for(0)), objective=objective, companions={"extra": extra})
     assert (extra[0] != 0).all()
+
+
+def test_hooks_stand_around_epochs_and_steps() -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def note(what: str) -> Iterator[None]:
+        order.append(f"{what} begins")
+        yield
+        order.append(f"{what} ends")
+
+    def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        order.append(f"loss of {len(images)}")
+        return F.cross_entropy(model(images), targets)
+
+    hooks = Hooks(around_epoch=lambda: note("epoch"), around_step=lambda: note("step"), least_batch=1)
+    fit(linear(), *stripes(17), FAST, Context(generator_for(0)), objective=objective, epochs=2, hooks=hooks)
+    step = ["step begins", "step ends"]
+    assert order == 2 * ["epoch begins", "loss of 16", *step, "loss of 1", *step, "epoch ends"]
+
+
+def test_an_epoch_of_its_own_seeds_dropout_itself() -> None:
+    """The draws are those of the epoch's own context, whatever torch's global generator held before."""
+    results, drawn = [], []
+    for start in (1, 2):
+        generator = generator_for("fit")
+        drawn.append(generator)
+        hooks = Hooks(around_epoch=lambda generator=generator: global_randomness(generator))  # type: ignore[misc]
+        torch.manual_seed(start)
+        results.append(state(fit(Dropping(), *stripes(50), FAST, Context(generator), hooks=hooks)))
+        assert torch.initial_seed() == start
+    torch.manual_seed(0)
+    # one seed and one order an epoch, and none for the whole
+    expected = generator_for("fit")
+    for _ in range(FAST.epochs):
+        torch.randint(2**62, (), generator=expected)
+        torch.randperm(50, generator=expected)
+    assert torch.equal(expected.get_state(), drawn[0].get_state())
+    assert results[0][-1] == results[1][-1]
 
 
 # -- prediction -----------------------------------------------------------------------------------------------------
