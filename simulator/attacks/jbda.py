@@ -32,6 +32,7 @@ from simulator.service.oracle import Oracle
 from simulator.training.fit import fit
 from simulator.training.predict import PREDICT_BATCH, device_of, to_input
 from simulator.training.recipe import Recipe
+from simulator.training.signed import ascend
 
 
 class JBDA(TransferSetAttack):
@@ -127,12 +128,14 @@ class JBDA(TransferSetAttack):
         substitute.eval()
         new = []
         for part, classes in zip(points.split(PREDICT_BATCH), labels.split(PREDICT_BATCH), strict=True):
-            images = to_input(part, device).detach().requires_grad_()
-            logits = substitute(images)
-            outputs = F.log_softmax(logits, 1) if self.slope == "probability" else logits
-            (slopes,) = torch.autograd.grad(outputs.gather(1, classes.to(device)[:, None]).sum(), images)
-            stepped = part + step * slopes.sign().cpu()
-            new.append(stepped.clamp(0, 1) if self.clip else stepped)
+            rows = classes.to(device)[:, None]
+
+            def score(images: Tensor, rows: Tensor = rows) -> Tensor:
+                logits: Tensor = substitute(images)
+                outputs = F.log_softmax(logits, 1) if self.slope == "probability" else logits
+                return outputs.gather(1, rows).sum()
+
+            new.append(ascend(score, to_input(part, device), step, clip=self.clip).cpu())
         return torch.cat(new).contiguous()
 
     def _ask_points(self, oracle: Oracle, points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

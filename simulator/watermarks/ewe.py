@@ -29,7 +29,6 @@ rule and the source is drawn at random (0 and 8 in that code).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -45,6 +44,7 @@ from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, predict_labels, to_input
 from simulator.training.recipe import Objective
+from simulator.training.signed import ascend, slope_of
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, some
 from simulator.watermarks.unrelated import draw_figures
@@ -162,19 +162,16 @@ class EWE(OneTarget):
         def mixing(batch: Tensor) -> Tensor:
             return entanglement(model, torch.cat([batch, others]), marked, heat)[1]
 
-        def step(batch: Tensor, score: Callable[[Tensor], Tensor], rate: float) -> Tensor:
-            return (batch + rate * slope_of(score, batch).sign()).clamp(0, 1)
-
         descents = 0
         for _ in range(self.tuning_iterations):
             while (
                 descents < DESCENTS and float((predict_labels(model, inputs) == target).float().mean()) > self.threshold
             ):
-                inputs = step(inputs, logit, -self.tuning_rate)
+                inputs = ascend(logit, inputs, -self.tuning_rate)
                 descents += 1
-            inputs = step(inputs, mixing, self.tuning_rate)
+            inputs = ascend(mixing, inputs, self.tuning_rate)
         for _ in range(LAST_DESCENTS if self.tuning_iterations else 0):
-            inputs = step(inputs, logit, -self.tuning_rate)
+            inputs = ascend(logit, inputs, -self.tuning_rate)
         return (255 * inputs).round().to(torch.uint8).cpu()
 
     def _pick_source(self, classes: int, generator: torch.Generator) -> int | None:
@@ -241,12 +238,6 @@ def entanglement(model: Classifier, images: Tensor, marked: Tensor, heat: Tensor
     outputs, features = model.forward_with_features(images.contiguous(memory_format=torch.channels_last))
     layers = (features.flatten(1), outputs)
     return outputs, torch.stack([snnl(layer, marked, 100 / t) for layer, t in zip(layers, heat, strict=True)]).sum()
-
-
-def slope_of(score: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """The gradient of a scalar score of a batch."""
-    batch = batch.detach().requires_grad_()
-    return torch.autograd.grad(score(batch), batch)[0]
 
 
 def square_corner(model: Classifier, images: Tensor, twins: Tensor, temperature: float, half: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.training.fit import fit
 from simulator.training.predict import PREDICT_BATCH, device_of, predict_labels, to_input
+from simulator.training.signed import ascend_loss
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 
 
@@ -125,12 +125,8 @@ class FrontierStitching(Watermark):
 def fast_gradient_sign(model: Classifier, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
     """``clip(x + ε · sign(∇_x CE(f(x), y)))`` of 8-bit images ``(B, C, H, W)``, in evaluation mode, as 8-bit images on
     the CPU."""
-    training, device = model.training, device_of(model)
-    model.eval()
-    inputs = to_input(images, device).requires_grad_()
-    (slope,) = torch.autograd.grad(F.cross_entropy(model(inputs), labels.to(device), reduction="sum"), inputs)
-    model.train(training)
-    moved = (inputs.detach() + epsilon * slope.sign()).clamp(0, 1)
+    device = device_of(model)
+    moved = ascend_loss(model, to_input(images, device), labels.to(device), epsilon)
     return moved.mul(255).round().to(torch.uint8).cpu().contiguous()
 
 

@@ -30,6 +30,7 @@ from simulator.service.answers import gives_labels, keeps_zeros
 from simulator.service.oracle import Oracle
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import Recipe, loss_function
+from simulator.training.signed import adversarial_mean
 
 #: the least probability a full answer is read as: float32 softmax underflows to zero
 TINY = torch.finfo(torch.float32).tiny
@@ -267,14 +268,10 @@ class DataFreeAttack(Attack):
         theft.student_optimizer.step()
 
     def _loss(self, theft: Theft, student: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        epsilon = self.training.adversarial_epsilon
-        if not epsilon:
-            return self.distance(student(inputs), targets, theft.oracle.labels).mean()
-        inputs = inputs.detach().requires_grad_()
-        clean = self.distance(student(inputs), targets, theft.oracle.labels).mean()
-        (slope,) = torch.autograd.grad(clean, inputs, retain_graph=True)
-        examples = (inputs.detach() + epsilon * slope.sign()).clamp_(0, 1)
-        return (clean + self.distance(student(examples), targets, theft.oracle.labels).mean()) / 2
+        def loss(batch: Tensor) -> Tensor:
+            return self.distance(student(batch), targets, theft.oracle.labels).mean()
+
+        return adversarial_mean(loss, inputs, self.training.adversarial_epsilon)
 
     def distance(self, logits: Tensor, answers: Tensor, labels: str) -> Tensor:
         """How far students' logits are from answers: for each image ``(B,)`` if soft, the batch's mean if hard."""
