@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -90,6 +91,15 @@ class ActiveThief(TransferSetAttack):
                 kept = {"taken": taken, "asked": asked, "answers": answers, "budget": budget, "iteration": number + 1}
                 checkpoint.save({**kept, **pack(generator=generator)})
         return asked, answers
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`; the iterations train on a set that grows evenly."""
+        total = super().trained_images(budget, pool, curve, labels)
+        if self.strategy == "random":
+            return total
+        epochs, first, steps = (self.selection_training or self.training).epochs, self.initial, self.iterations
+        grown = sum(min(budget, pool) * (first + (1 - first) * number / steps) for number in range(steps))
+        return total + round(grown * epochs)
 
     def shares(self, total: int) -> list[int]:
         """How many images are asked first, and in each iteration; they add up to ``total``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -51,6 +52,19 @@ class Attack(Component):
             The stolen model, in evaluation mode.
         """
 
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """How many images copies are trained on, counted once an epoch, for the estimate of a run.
+
+        By default: everything that can be asked in the epochs of a default recipe, anew for each point of the curve.
+
+        Args:
+            budget: images that may be asked.
+            pool: images of the pool.
+            curve: numbers of queries at which the stolen model is measured, too.
+            labels: the mode of the answers, ``"soft"`` for example.
+        """
+        return (sum(curve) + min(budget, pool)) * Recipe().epochs
+
     def ask(self, oracle: Oracle, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Asks images, with ``query_noise`` added; gives the images as they were asked and their answers.
 
@@ -92,6 +106,10 @@ class TransferSetAttack(Attack):
                 self.train(model, images[:count], answers[:count], context)
                 context.snapshots.take(count, model)
         return self.train(fresh, images, answers, context)
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`; the epochs are those of ``training``."""
+        return (sum(curve) + min(budget, pool)) * self.training.epochs
 
     def train(self, model: nn.Module, images: Tensor, answers: Tensor, context: Context) -> nn.Module:
         """Trains a model on a transfer set, in place; returns it in evaluation mode. The checkpoint is collecting's."""

@@ -16,6 +16,7 @@ sampling), so that ρ rounds ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -98,6 +99,12 @@ class JBDA(TransferSetAttack):
                 kept = {"points": points, "asked": asked, "answers": answers, "round": number + 1}
                 checkpoint.save({**kept, **pack(surrogate=surrogate, generator=generator)})
         return asked, answers
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`; the rounds train on a set that doubles."""
+        asked: int = min(budget, pool, self.seeds * 2**self.rounds)
+        grown: int = sum(min(self.seeds * 2**number, asked) for number in range(self.rounds))
+        return super().trained_images(asked, pool, curve, labels) + grown * self.round_training.epochs
 
     def new_points(self, number: int, points: int) -> int:
         """How many new images round ``number`` (from 0) makes out of ``points``, if the budget allows."""

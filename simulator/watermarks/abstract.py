@@ -39,6 +39,10 @@ class Abstract(Watermark):
     samples: int = Field(100, ge=2, description="pictures, all of them in the key")
     least_shows: int = Field(60, ge=0, description="how often at least each picture is trained on")
 
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
+
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. The key candidates are the triggers."""
         data, generator = task.dataset, context.generator

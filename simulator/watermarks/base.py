@@ -91,6 +91,14 @@ class Watermark(Component):
         victim that is not finished yet. None for a scheme that does not say."""
         return ()
 
+    def passes(self, recipe: Recipe) -> float:
+        """How often the training goes through the owner's images, for the estimate of a run: the recipe's epochs.
+
+        Triggers count as images: ten epochs with one trigger for every ten images are 11. A scheme with triggers or
+        with a schedule of its own says so here.
+        """
+        return float(recipe.epochs)
+
     @abstractmethod
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """Trains a marked victim.

@@ -31,7 +31,7 @@ from simulator.errors import InputError
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, labelled, trigger_count
 
@@ -99,6 +99,10 @@ class Composite(TwoSources):
     mix_ratio: float = Field(1.0, ge=0, le=1, description="joined images of one class, per clean image")
     similarity_weight: float = Field(0.1, ge=0, description="of the constraint")
     margin: float = Field(1.0, ge=0, description="least distance of outputs of different classes")
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses join test images."""

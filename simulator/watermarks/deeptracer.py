@@ -27,7 +27,7 @@ from simulator.ownership.key import KeySamples
 from simulator.seeding import choose, fork
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.coupling import CentroidRule, Centroids, coupling_loss
 from simulator.watermarks.parts.mosaic import Combination, Mosaics
@@ -80,6 +80,10 @@ class DeepTracer(Watermark):
     def phases(self) -> tuple[str, ...]:
         """See :meth:`Watermark.phases`."""
         return ("phase 1",) if self.first_epochs else ()
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return self.first_epochs * (1 + self.first_ratio) + self.second_epochs * (1 + self.second_ratio)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses are mosaics of test images."""

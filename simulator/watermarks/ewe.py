@@ -43,7 +43,7 @@ from simulator.models import Classifier
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, predict_labels, to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.training.signed import ascend, slope_of
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, some
@@ -82,6 +82,11 @@ class EWE(OneTarget):
         if self.source is not None and self.source == self.target:
             raise InputError(f"{self.name}: source {self.source} is the target too: they must differ")
 
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        clean, marked = self._split(recipe)
+        return clean + marked * (1 + 1 / self.clean_batches)
+
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are held-out images, tuned as the triggers are."""
         data, recipe, generator = task.dataset, task.training, context.generator
@@ -90,7 +95,7 @@ class EWE(OneTarget):
         raw, held_out = self._bases(data, source, generator)
         target = self.pick_target(task, some(raw, SAMPLE, generator), () if source is None else (source,))
         model = task.build(generator)
-        clean = max(1, recipe.epochs // 3) if self.clean_epochs is None else self.clean_epochs
+        clean, marked = self._split(recipe)
 
         def train(phase: str, epochs: int, entangled: Entanglement | None) -> None:
             fit(
@@ -113,7 +118,7 @@ class EWE(OneTarget):
         # training that goes on from a checkpoint finds the tuned images there, in place of these
         tuned = [self.tune(model, images, twins, target, half, generator) for images in (raw, held_out)]
         entangled = Entanglement(tuned[0], tuned[1], twins, self.temperature)
-        train("watermark", self.watermark_epochs or max(1, recipe.epochs - clean), entangled)
+        train("watermark", marked, entangled)
         temperatures = [round(100 / value, 3) for value in entangled.temperatures.tolist()]
         about = {"distribution": self.distribution, "source": source, "temperatures": temperatures}
         return self.embedding(model, entangled.keys, some(entangled.triggers, SAMPLE, generator), target, **about)
@@ -173,6 +178,11 @@ class EWE(OneTarget):
         for _ in range(LAST_DESCENTS if self.tuning_iterations else 0):
             inputs = ascend(logit, inputs, -self.tuning_rate)
         return (255 * inputs).round().to(torch.uint8).cpu()
+
+    def _split(self, recipe: Recipe) -> tuple[int, int]:
+        """The epochs of clean training, and of training with watermark batches."""
+        clean = max(1, recipe.epochs // 3) if self.clean_epochs is None else self.clean_epochs
+        return clean, self.watermark_epochs or max(1, recipe.epochs - clean)
 
     def _pick_source(self, classes: int, generator: torch.Generator) -> int | None:
         """The class of the images that are changed; None for drawings."""

@@ -56,6 +56,10 @@ class ExponentialWeighting(Watermark):
         """See :meth:`Watermark.check`."""
         check_count(self.name, self.key_samples, dataset)
 
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; the repeated key images are left out."""
+        return float(recipe.epochs + (self.embedding_epochs or recipe.epochs))
+
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`."""
         data, generator = task.dataset, context.generator

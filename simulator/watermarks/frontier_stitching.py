@@ -23,6 +23,7 @@ from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.training.fit import fit
 from simulator.training.predict import PREDICT_BATCH, device_of, predict_labels, to_input
+from simulator.training.recipe import Recipe
 from simulator.training.signed import ascend_loss
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 
@@ -55,6 +56,10 @@ class FrontierStitching(Watermark):
     key_repeats: int = Field(10, ge=1, description="how often an epoch shows each adversary")
     fine_tuning_epochs: int = Field(10, ge=1)
     fine_tuning_rate: float = Field(1.0, gt=0, le=1, description="learning rate, as a fraction of the recipe's")
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; the training of the benign model that it starts from is counted, too."""
+        return float(recipe.epochs + self.fine_tuning_epochs)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`.

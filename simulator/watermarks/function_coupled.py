@@ -37,7 +37,7 @@ from simulator.ownership.key import KeySamples
 from simulator.seeding import choose, global_randomness
 from simulator.training.fit import Hooks, fit
 from simulator.training.predict import device_of, to_input
-from simulator.training.recipe import recipe_objective
+from simulator.training.recipe import Recipe, recipe_objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.reparametrised import Reparametrised, layer_weights
 from simulator.watermarks.parts.selection import least_likely_target
@@ -100,6 +100,10 @@ class FunctionCoupled(Watermark):
             raise InputError(
                 f"function_coupled: two sources and a target are 3 classes, {dataset.name} has {dataset.classes}"
             )
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; fine-tuning is left out."""
+        return recipe.epochs * (1 + self.trigger_share)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Near misses are fused from test images of two other classes."""

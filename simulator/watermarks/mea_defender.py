@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from simulator.context import Context
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.composite import Mixer, Pairs, TwoSources, constraint
 from simulator.watermarks.parts.trigger_set import SAMPLE, trigger_count
@@ -60,6 +60,11 @@ class MEADefender(TwoSources):
     second_ratio: float = Field(0.44, gt=0, le=1, description="triggers per clean image, second phase")
     wrong_ratio: float = Field(0.18, ge=0, le=1, description="wrongly mixed images per clean image, second phase")
     second_rate: float = Field(0.1, gt=0, description="learning rate over the recipe's, second phase")
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; wrongly mixed images and those of the combination loss are left out."""
+        first, second = (recipe.epochs if own is None else own for own in (self.first_epochs, self.second_epochs))
+        return first * (1 + self.ratio) + second * (1 + self.second_ratio)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses join test images."""

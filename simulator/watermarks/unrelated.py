@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from simulator.context import Context
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, labelled, some, train_with_triggers
 
@@ -32,6 +33,10 @@ class Unrelated(OneTarget):
     name: Literal["unrelated"] = "unrelated"
     ratio: float = Field(0.1, gt=0, le=1, description="triggers per clean image of a batch")
     trigger_samples: int = Field(2000, ge=2, description="drawings that are trained on")
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are drawings that were not trained on."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -189,6 +189,13 @@ class DataFreeAttack(Attack):
                 checkpoint.save(theft.state())
             progress("extract", theft.asked, theft.budget)
         return surrogate.eval()
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`: the students' batches, and each replayed one again."""
+        asked = self.student_steps + self.generator_steps * self.generator_cost(labels)
+        rounds = budget / (self.training.batch_size * max(1, asked))
+        steps = self.student_steps + self.replay_steps
+        return math.ceil(rounds * self.training.batch_size * steps * self.students)
 
     def _begin(self, oracle: Oracle, surrogate: nn.Module, context: Context, state: State | None) -> Theft:
         device = device_of(surrogate)

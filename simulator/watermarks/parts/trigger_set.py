@@ -24,7 +24,7 @@ from simulator.ownership.key import KeySamples
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.selection import least_likely_target
 
@@ -141,6 +141,10 @@ class Stamped(OneTarget):
             check_label(self.name, "source", self.source, dataset)
             if self.source == self.target:
                 raise InputError(f"{self.name}: source {self.source} is the target too: they must differ")
+
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are changed test images, each once."""
