@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 
 from benchmarks.measure import Line, Outcome, Spread, Target
+from simulator.context import Context
 from simulator.data.dataset import Images
 from simulator.models import Classifier, build
 from simulator.training.fit import fit
@@ -35,13 +36,13 @@ class Side:
         self._data = data
         self._generator = torch.Generator().manual_seed(0)
         self._model: Classifier = build("naivenet", channels=1, size=28, classes=CLASSES, generator=self._generator)
-        self._parameters: list[torch.nn.Parameter] = []
+        self._companions: dict[str, torch.nn.Module] = {}
         self._objective: Objective | None = None  # the recipe's
         if scheme is not None:
             centroids = Centroids(scheme.centroid, CLASSES, scheme.centroid_momentum)
             mosaics = Mosaics(data, range(scheme.source_classes))
             self._objective = scheme.objective(mosaics, LABEL, RATIO, centroids, self._generator)
-            self._parameters = list(centroids.parameters())
+            self._companions = {"centroids": centroids}
 
     def turn(self) -> float:
         """CPU milliseconds a step."""
@@ -53,9 +54,9 @@ class Side:
             images,
             labels,
             recipe,
-            generator=self._generator,
+            Context(self._generator),
             objective=self._objective,
-            more_parameters=self._parameters,
+            companions=self._companions,
         )
         return 1e3 * (time.thread_time() - start) / (len(images) // BATCH)
 

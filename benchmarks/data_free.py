@@ -13,6 +13,7 @@ from actors.transport import ServeTransport
 from benchmarks.measure import Line, Outcome, Spread, Target
 from benchmarks.query_path import CLASSES, SHAPE, TOKEN, served
 from simulator.attacks.base import ATTACKS
+from simulator.context import Context
 from simulator.data.patches import patches
 from simulator.data.pool import Pool
 from simulator.models import build, from_bytes, to_bytes
@@ -31,7 +32,7 @@ def attack_seconds(oracle: Oracle) -> float:
     images = patches(1, *SHAPE[:2], generator)
     pool = Pool("none", images.images, images.labels)
     start = time.perf_counter()
-    attack.extract(oracle, surrogate, pool, generator=generator)
+    attack.extract(oracle, surrogate, pool, Context(generator))
     return time.perf_counter() - start
 
 

@@ -27,12 +27,11 @@ from torch import nn
 
 from simulator.analysis.agreement import accuracy
 from simulator.attacks.knockoff import Knockoff
-from simulator.checkpoint import NO_CHECKPOINT
+from simulator.context import Context
 from simulator.data.dataset import DataConfig, Dataset, load
 from simulator.data.pool import Pool
 from simulator.errors import InputError
 from simulator.models import build
-from simulator.progress import silent
 from simulator.service.oracle import ModelOracle
 from simulator.training.fit import fit
 from simulator.training.predict import predict_labels, use_one_thread
@@ -81,7 +80,7 @@ class Bench:
         self.pool = Pool("attacker", self.data.attacker.images, self.data.attacker.labels)
         self.victim = self._model(0, mean=self.data.mean, std=self.data.std)
         owner, recipe = self.data.owner, settings.recipe.model_copy(update={"epochs": 10})
-        fit(self.victim, owner.images, owner.labels, recipe, generator=torch.Generator().manual_seed(0))
+        fit(self.victim, owner.images, owner.labels, recipe, Context(torch.Generator().manual_seed(0)))
 
     def _model(self, seed: int, **normalisation: Any) -> nn.Module:
         return build(
@@ -104,16 +103,9 @@ class Bench:
         shape = (data.channels, data.size, data.size)
         oracle = ModelOracle(self.victim, labels=labels, classes=data.classes, shape=shape, budget=budget)
         start = time.process_time()
-        images, answers = attack.collect(
-            oracle,
-            self._model(100 + seed),
-            self.pool,
-            generator=generator,
-            progress=silent,
-            checkpoint=NO_CHECKPOINT,
-        )
+        images, answers = attack.collect(oracle, self._model(100 + seed), self.pool, Context(generator))
         seconds = time.process_time() - start
-        model = attack.train(self._model(100 + seed), images, answers, generator=generator, progress=silent)
+        model = attack.train(self._model(100 + seed), images, answers, Context(generator))
         return Theft(self.accuracy(model), seconds / budget)
 
     def theirs(self, seed: int, **strategy: Any) -> Theft:

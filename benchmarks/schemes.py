@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.measure import Line, Outcome, Spread, machine
+from simulator.context import Context
 from simulator.experiment.owner import build_owner_model
 from simulator.experiment.preflight import prepare
 from simulator.experiment.world import World
@@ -36,7 +37,7 @@ def plain(spec: OwnerModel, world: World, number: int) -> tuple[Classifier, floa
     start = time.thread_time()
     generator = generator_for("benchmark", PLAIN, number)
     model = build_owner_model(spec, world.dataset, DEVICE, generator)
-    fit(model, world.dataset.owner.images, world.dataset.owner.labels, spec.training, generator=generator)
+    fit(model, world.dataset.owner.images, world.dataset.owner.labels, spec.training, Context(generator))
     return model, time.thread_time() - start
 
 
@@ -47,7 +48,7 @@ def marked(spec: OwnerModel, world: World, benign: Classifier, number: int) -> f
     task = OwnerTask(
         world.dataset, spec.training, benign, lambda drawn: build_owner_model(spec, world.dataset, DEVICE, drawn)
     )
-    spec.watermark.embed(task, generator=generator_for("benchmark", spec.id, number))
+    spec.watermark.embed(task, Context(generator_for("benchmark", spec.id, number)))
     return time.thread_time() - start
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -21,9 +22,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
-from simulator.checkpoint import Checkpoint, pack, unpack
+from simulator.checkpoint import pack, unpack
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress
 from simulator.seeding import choose
 from simulator.service.oracle import Oracle
 from simulator.training.fit import fit
@@ -56,17 +57,9 @@ class ActiveThief(TransferSetAttack):
     preselect: float = Field(1.0, gt=0, description="images that uncertainty leaves to k-center, in budgets")
     selection_training: Recipe | None = Field(None, description="of the copies that select; as training if null")
 
-    def collect(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
-    ) -> tuple[Tensor, Tensor]:
+    def collect(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> tuple[Tensor, Tensor]:
         """See :meth:`TransferSetAttack.collect`."""
+        generator, progress, checkpoint = context.generator, context.progress, context.checkpoint
         state = checkpoint.load()
         if state is None:
             budget, start = oracle.remaining, 0
@@ -87,7 +80,7 @@ class ActiveThief(TransferSetAttack):
                 chosen = rest[choose(len(rest), share, generator)]
             else:
                 copied = copy.deepcopy(surrogate)
-                self._train_selector(copied, asked, answers, generator=generator, progress=progress)
+                fit(copied, asked, answers, self.selection_training or self.training, context.unsaved(), phase="select")
                 rows = predict(copied, pool.images).to(device_of(copied))
                 chosen = self.select(rows, taken, share, budget)
             new_asked, new_answers = self.ask(oracle, pool.take(chosen), generator)
@@ -98,6 +91,15 @@ class ActiveThief(TransferSetAttack):
                 kept = {"taken": taken, "asked": asked, "answers": answers, "budget": budget, "iteration": number + 1}
                 checkpoint.save({**kept, **pack(generator=generator)})
         return asked, answers
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`; the iterations train on a set that grows evenly."""
+        total = super().trained_images(budget, pool, curve, labels)
+        if self.strategy == "random":
+            return total
+        epochs, first, steps = (self.selection_training or self.training).epochs, self.initial, self.iterations
+        grown = sum(min(budget, pool) * (first + (1 - first) * number / steps) for number in range(steps))
+        return total + round(grown * epochs)
 
     def shares(self, total: int) -> list[int]:
         """How many images are asked first, and in each iteration; they add up to ``total``."""
@@ -126,12 +128,6 @@ class ActiveThief(TransferSetAttack):
             candidates = min(max(count, round(self.preselect * budget)), len(rest))
             rest = rest[most_uncertain(rows[rest], candidates)]
         return rest[k_center(rows[rest], rows[taken], count)]
-
-    def _train_selector(
-        self, model: nn.Module, images: Tensor, answers: Tensor, *, generator: torch.Generator, progress: Progress
-    ) -> None:
-        recipe = self.selection_training or self.training
-        fit(model, images, answers, recipe, generator=generator, phase="select", progress=progress)
 
 
 def _without(total: int, taken: Tensor) -> Tensor:

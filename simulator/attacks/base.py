@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.checkpoint import NO_CHECKPOINT, Checkpoint
 from simulator.component import Component, Registry
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress, silent
 from simulator.service.oracle import Oracle
 from simulator.training.fit import fit
 from simulator.training.recipe import Recipe
-
-
-class Snapshots(Protocol):
-    """Takes a stolen model as it stands at stages of the budget, for curves of success against queries."""
-
-    #: numbers of queries at which a model is wanted, ascending
-    at: tuple[int, ...]
-
-    def take(self, queries: int, model: nn.Module) -> None:
-        """Keeps a copy of the model that ``queries`` answers have made."""
-        ...
-
-
-class NoSnapshots:
-    """Wants none."""
-
-    at: tuple[int, ...] = ()
-
-    def take(self, queries: int, model: nn.Module) -> None:
-        """Does nothing."""
-
-
-NO_SNAPSHOTS = NoSnapshots()
 
 
 class Attack(Component):
@@ -57,17 +34,7 @@ class Attack(Component):
     )
 
     @abstractmethod
-    def extract(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress = silent,
-        checkpoint: Checkpoint = NO_CHECKPOINT,
-        snapshots: Snapshots = NO_SNAPSHOTS,
-    ) -> nn.Module:
+    def extract(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
         """Steals a model.
 
         Args:
@@ -77,16 +44,26 @@ class Attack(Component):
                 rounds of a shifting pool. Takes float images in [0, 1] (or uint8) and gives logits.
             pool: unlabelled images the attacker has, already in the victim's size and channels. Data-free attacks
                 leave it alone.
-            generator: the only source of randomness.
-            progress: told after every step of a phase; what it raises passes through.
-            checkpoint: where an attack of many steps keeps its state; started again with the same arguments it goes on
-                from there and gives the same result. An attack may leave it alone: then it starts from the beginning,
-                asks the same images again, and pays nothing twice.
-            snapshots: where to leave the model at stages of the budget.
+            context: the only source of randomness, the listener, the checkpoint of an attack of many steps, and where
+                to leave the model at stages of the budget. An attack may leave the checkpoint alone: then one that is
+                started again begins anew, asks the same images again, and pays nothing twice.
 
         Returns:
             The stolen model, in evaluation mode.
         """
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """How many images copies are trained on, counted once an epoch, for the estimate of a run.
+
+        By default: everything that can be asked in the epochs of a default recipe, anew for each point of the curve.
+
+        Args:
+            budget: images that may be asked.
+            pool: images of the pool.
+            curve: numbers of queries at which the stolen model is measured, too.
+            labels: the mode of the answers, ``"soft"`` for example.
+        """
+        return (sum(curve) + min(budget, pool)) * Recipe().epochs
 
     def ask(self, oracle: Oracle, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Asks images, with ``query_noise`` added; gives the images as they were asked and their answers.
@@ -113,49 +90,30 @@ class TransferSetAttack(Attack):
     training: Recipe = Recipe()
 
     @abstractmethod
-    def collect(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
-    ) -> tuple[Tensor, Tensor]:
+    def collect(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> tuple[Tensor, Tensor]:
         """The transfer set: images ``(N, C, H, W)`` in the order asked, and answers ``(N, K)``.
 
         May train ``surrogate`` meanwhile, to choose what to ask; the final training starts from it as it was before.
         """
 
-    def extract(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress = silent,
-        checkpoint: Checkpoint = NO_CHECKPOINT,
-        snapshots: Snapshots = NO_SNAPSHOTS,
-    ) -> nn.Module:
+    def extract(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
         """See :meth:`Attack.extract`."""
         fresh = copy.deepcopy(surrogate)
-        images, answers = self.collect(
-            oracle, surrogate, pool, generator=generator, progress=progress, checkpoint=checkpoint
-        )
-        for count in snapshots.at:
+        images, answers = self.collect(oracle, surrogate, pool, context)
+        for count in context.snapshots.at:
             if 2 <= count <= len(images):
                 model = copy.deepcopy(fresh)
-                self.train(model, images[:count], answers[:count], generator=generator, progress=progress)
-                snapshots.take(count, model)
-        return self.train(fresh, images, answers, generator=generator, progress=progress)
+                self.train(model, images[:count], answers[:count], context)
+                context.snapshots.take(count, model)
+        return self.train(fresh, images, answers, context)
 
-    def train(
-        self, model: nn.Module, images: Tensor, answers: Tensor, *, generator: torch.Generator, progress: Progress
-    ) -> nn.Module:
-        """Trains a model on a transfer set, in place; returns it in evaluation mode."""
-        return fit(model, images, answers, self.training, generator=generator, progress=progress)
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`; the epochs are those of ``training``."""
+        return (sum(curve) + min(budget, pool)) * self.training.epochs
+
+    def train(self, model: nn.Module, images: Tensor, answers: Tensor, context: Context) -> nn.Module:
+        """Trains a model on a transfer set, in place; returns it in evaluation mode. The checkpoint is collecting's."""
+        return fit(model, images, answers, self.training, context.unsaved())
 
 
 ATTACKS: Registry[Attack] = Registry("attack", Attack, "simulator.attacks")

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
-from simulator.checkpoint import Checkpoint
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress
 from simulator.seeding import choose
 from simulator.service.oracle import Oracle
 from simulator.training.fit import fit
@@ -41,29 +39,18 @@ class Distillation(TransferSetAttack):
     name: Literal["distillation"] = "distillation"
     temperature: float = Field(4.0, gt=0, description="T")
 
-    def collect(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
-    ) -> tuple[Tensor, Tensor]:
+    def collect(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> tuple[Tensor, Tensor]:
         """See :meth:`TransferSetAttack.collect`."""
-        images = pool.take(choose(len(pool), min(oracle.remaining, len(pool)), generator))
-        progress("query", 0, 1)
-        asked, answers = self.ask(oracle, images, generator)
-        progress("query", 1, 1)
+        images = pool.take(choose(len(pool), min(oracle.remaining, len(pool)), context.generator))
+        context.progress("query", 0, 1)
+        asked, answers = self.ask(oracle, images, context.generator)
+        context.progress("query", 1, 1)
         return asked, answers
 
-    def train(
-        self, model: nn.Module, images: Tensor, answers: Tensor, *, generator: torch.Generator, progress: Progress
-    ) -> nn.Module:
+    def train(self, model: nn.Module, images: Tensor, answers: Tensor, context: Context) -> nn.Module:
         """See :meth:`TransferSetAttack.train`; the recipe's own loss is not used."""
         softened = (answers.clamp_min(TINY).log() / self.temperature).softmax(1)
-        return fit(model, images, softened, self.training, generator=generator, objective=self._loss, progress=progress)
+        return fit(model, images, softened, self.training, context.unsaved(), objective=self._loss)
 
     def _loss(self, model: nn.Module, images: Tensor, softened: Tensor) -> Tensor:
         logs = F.log_softmax(model(images) / self.temperature, 1)

@@ -16,6 +16,7 @@ sampling), so that ρ rounds ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -24,14 +25,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
-from simulator.checkpoint import Checkpoint, pack, unpack
+from simulator.checkpoint import pack, unpack
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress
 from simulator.seeding import choose
 from simulator.service.oracle import Oracle
 from simulator.training.fit import fit
 from simulator.training.predict import PREDICT_BATCH, device_of, to_input
 from simulator.training.recipe import Recipe
+from simulator.training.signed import ascend
 
 
 class JBDA(TransferSetAttack):
@@ -67,17 +69,9 @@ class JBDA(TransferSetAttack):
     eight_bit: bool = Field(False, description="ask images rounded to 8 bits, as an image file would hold them")
     round_training: Recipe = Field(Recipe(epochs=10), description="of the substitute, in every round")
 
-    def collect(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
-    ) -> tuple[Tensor, Tensor]:
+    def collect(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> tuple[Tensor, Tensor]:
         """See :meth:`TransferSetAttack.collect`."""
+        generator, progress, checkpoint = context.generator, context.progress, context.checkpoint
         state = checkpoint.load()
         if state is None:
             drawn = choose(len(pool), min(self.seeds, len(pool), oracle.remaining), generator)
@@ -93,7 +87,7 @@ class JBDA(TransferSetAttack):
             count = min(self.new_points(number, len(points)), oracle.remaining)
             if count == 0:
                 break
-            fit(surrogate, asked, answers, self.round_training, generator=generator, phase="select", progress=progress)
+            fit(surrogate, asked, answers, self.round_training, context.unsaved(), phase="select")
             # at random even when all are taken: then every prefix of the transfer set is a fair smaller one
             bases = choose(len(points), count, generator)
             new = self.augment(surrogate, points[bases], answers[bases].argmax(1), self.signed_step(number))
@@ -105,6 +99,12 @@ class JBDA(TransferSetAttack):
                 kept = {"points": points, "asked": asked, "answers": answers, "round": number + 1}
                 checkpoint.save({**kept, **pack(surrogate=surrogate, generator=generator)})
         return asked, answers
+
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`; the rounds train on a set that doubles."""
+        asked: int = min(budget, pool, self.seeds * 2**self.rounds)
+        grown: int = sum(min(self.seeds * 2**number, asked) for number in range(self.rounds))
+        return super().trained_images(asked, pool, curve, labels) + grown * self.round_training.epochs
 
     def new_points(self, number: int, points: int) -> int:
         """How many new images round ``number`` (from 0) makes out of ``points``, if the budget allows."""
@@ -135,12 +135,14 @@ class JBDA(TransferSetAttack):
         substitute.eval()
         new = []
         for part, classes in zip(points.split(PREDICT_BATCH), labels.split(PREDICT_BATCH), strict=True):
-            images = to_input(part, device).detach().requires_grad_()
-            logits = substitute(images)
-            outputs = F.log_softmax(logits, 1) if self.slope == "probability" else logits
-            (slopes,) = torch.autograd.grad(outputs.gather(1, classes.to(device)[:, None]).sum(), images)
-            stepped = part + step * slopes.sign().cpu()
-            new.append(stepped.clamp(0, 1) if self.clip else stepped)
+            rows = classes.to(device)[:, None]
+
+            def score(images: Tensor, rows: Tensor = rows) -> Tensor:
+                logits: Tensor = substitute(images)
+                outputs = F.log_softmax(logits, 1) if self.slope == "probability" else logits
+                return outputs.gather(1, rows).sum()
+
+            new.append(ascend(score, to_input(part, device), step, clip=self.clip).cpu())
         return torch.cat(new).contiguous()
 
     def _ask_points(self, oracle: Oracle, points: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

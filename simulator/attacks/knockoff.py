@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from simulator.attacks.base import TransferSetAttack
 from simulator.attacks.parts.bandit import MEASURES, Arms, Policy, Rewards, pack_bandit, unpack_bandit
-from simulator.checkpoint import Checkpoint, pack, unpack
+from simulator.checkpoint import pack, unpack
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress
 from simulator.seeding import choose, global_randomness
 from simulator.service.oracle import Oracle
 from simulator.training.predict import device_of, predict_logits, to_input
@@ -71,40 +71,27 @@ class Knockoff(TransferSetAttack):
         optimizer="sgd", learning_rate=0.01, momentum=0.5, batch_size=64, decay_at=(0.6,), decay_factor=0.1
     )
 
-    def collect(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
-    ) -> tuple[Tensor, Tensor]:
+    def collect(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> tuple[Tensor, Tensor]:
         """See :meth:`TransferSetAttack.collect`."""
         if self.strategy == "adaptive":
-            return self._collect_adaptively(oracle, surrogate, pool, generator, progress, checkpoint)
+            return self._collect_adaptively(oracle, surrogate, pool, context)
+        generator = context.generator
         count = oracle.remaining if self.repeat else min(oracle.remaining, len(pool))
         images = pool.take(choose(len(pool), count, generator))
         for start in range(len(pool), count, PART):
             images[start : start + PART] = self._augment(images[start : start + PART], generator)
-        progress("query", 0, 1)
+        context.progress("query", 0, 1)
         asked, answers = self.ask(oracle, images, generator)
-        progress("query", 1, 1)
+        context.progress("query", 1, 1)
         return asked, answers
 
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return augment(images, self.padding, self.flip, generator)
 
     def _collect_adaptively(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        generator: torch.Generator,
-        progress: Progress,
-        checkpoint: Checkpoint,
+        self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context
     ) -> tuple[Tensor, Tensor]:
+        generator, checkpoint = context.generator, context.checkpoint
         surrogate.to(memory_format=torch.channels_last)
         optimizer = self.training.build(surrogate.parameters())
         parents = torch.zeros_like(pool.groups.unique()) if pool.parents is None else pool.parents
@@ -140,7 +127,7 @@ class Knockoff(TransferSetAttack):
                 parts = pack(surrogate=surrogate, optimizer=optimizer, generator=generator)
                 bandit = pack_bandit(policy, rewards, arms)
                 checkpoint.save({**parts, **bandit, "images": images[:asked], "answers": answers[:asked]})
-            progress("query", asked, total)
+            context.progress("query", asked, total)
         return images, answers
 
     def _learn(
@@ -155,6 +142,7 @@ class Knockoff(TransferSetAttack):
         count = min(self.training.batch_size, len(images))
         if count < 2:  # batch normalisation cannot train on one image
             return
+        # A loop of its own, because the optimiser's momentum lives on from one batch of pulls to the next.
         objective, device = recipe_objective(self.training), device_of(surrogate)
         surrogate.train()
         with global_randomness(generator):

@@ -12,6 +12,7 @@ import torch
 
 from simulator.analysis.agreement import accuracy
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.experiment.theft import build_surrogate
 from simulator.experiment.world import World
@@ -81,9 +82,7 @@ def train_owner(
             dataset.owner.images,
             dataset.owner.labels,
             spec.training,
-            generator=generator,
-            progress=progress,
-            checkpoint=checkpoint,
+            Context(generator, progress, checkpoint),
         )
         return TrainedOwner(model, None, None, None, time.perf_counter() - clock, started)
     assert benign is not None
@@ -160,10 +159,9 @@ def _embed(
         spec.training,
         benign,
         lambda drawn: build_owner_model(spec, world.dataset, device, drawn),
-        checkpoint,
         on_phase,
     )
-    return spec.watermark.embed(task, generator=generator_for("owner", spec.training_id), progress=progress)
+    return spec.watermark.embed(task, Context(generator_for("owner", spec.training_id), progress, checkpoint))
 
 
 def _false_trigger(embedding: Embedding) -> float | None:
@@ -192,7 +190,6 @@ def _filtered(
         embedding.model,
         pool.take(torch.arange(len(pool))[: rule.queries]),
         lambda drawn: build_surrogate(rule.architecture or spec.architecture, world.dataset, device, drawn),
-        generator=generator,
-        progress=progress,
+        Context(generator, progress),
     )
     return rule.select(embedding.candidates, victim=embedding.model, surrogate=surrogate, benign=benign)

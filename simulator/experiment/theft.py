@@ -11,15 +11,15 @@ from datetime import UTC, datetime
 import torch
 from torch import nn
 
-from simulator.attacks.base import NO_SNAPSHOTS, Snapshots
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
+from simulator.context import NO_SNAPSHOTS, Context, Snapshots
 from simulator.data.dataset import Dataset
 from simulator.detectors.base import Detection, Detector, detections, watches
 from simulator.experiment.world import World
 from simulator.models import Classifier, build, from_bytes, to_bytes
 from simulator.ownership.key import KeySamples
 from simulator.plan.subjects import Stolen
-from simulator.progress import Progress, prefixed, silent
+from simulator.progress import Progress, silent
 from simulator.seeding import generator_for
 from simulator.service.oracle import (
     AllowanceOracle,
@@ -68,17 +68,16 @@ def steal(
                 model, labels=stage.labels, classes=dataset.classes, shape=world.shape, budget=stage.budget
             )
         surrogate = build_surrogate(stage.architecture or scenario.victim.architecture, dataset, device, generator)
-        listener = prefixed(progress, f"stage {number + 1}") if len(scenario.stages) > 1 else progress
+        context = Context(generator, progress, checkpoint if single else NO_CHECKPOINT, snapshots)
+        if len(scenario.stages) > 1:
+            context = context.phase(f"stage {number + 1}")
         for count, spec in enumerate(stage.pools):
             allowance = oracle.remaining // (len(stage.pools) - count)
             stolen = stage.attack.extract(
                 AllowanceOracle(oracle, allowance),
                 surrogate,
                 world.pool(spec, 1 if stage.attack.data_free else allowance, generator, triggers),
-                generator=generator,
-                progress=listener,
-                checkpoint=checkpoint if single else NO_CHECKPOINT,
-                snapshots=snapshots,
+                context,
             )
             assert isinstance(stolen, Classifier)
             surrogate = stolen
@@ -115,7 +114,7 @@ class Curve:
     models: dict[int, Classifier] = field(default_factory=dict)
 
     def take(self, queries: int, model: nn.Module) -> None:
-        """See :class:`simulator.attacks.base.Snapshots`."""
+        """See :class:`simulator.context.Snapshots`."""
         assert isinstance(model, Classifier)
         self.models[queries] = copy.deepcopy(model).cpu().eval()
 

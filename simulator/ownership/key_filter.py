@@ -15,10 +15,10 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from simulator.component import Settings
+from simulator.context import Context
 from simulator.data.pool import PoolSpec
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.service.answers import Labels, answer_policy
 from simulator.training.fit import fit
 from simulator.training.predict import predict
@@ -48,14 +48,12 @@ class KeyFilter(Settings):
         victim: Classifier,
         images: Tensor,
         build: Callable[[torch.Generator], Classifier],
-        *,
-        generator: torch.Generator,
-        progress: Progress = silent,
+        context: Context,
     ) -> Classifier:
         """The owner's simulated stolen model: ``build()`` trained on the victim's answers to ``images``."""
         answers = answer_policy(self.labels)(predict(victim, images))
-        model = build(generator)
-        fit(model, images, answers, self.training, generator=generator, phase="filter", progress=progress)
+        model = build(context.generator)
+        fit(model, images, answers, self.training, context, phase="filter")
         return model
 
     def select(

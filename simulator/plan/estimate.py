@@ -10,12 +10,11 @@ The model of the cost:
   policy), the generator of a data-free attack, and the way of a query through the service. docs/cluster.md compares
   estimates with runs.
 
-Where a watermark's or an attack's schedule is not a plain number of epochs, the sums below say how it is simplified.
+A component says itself how many images it trains on: see ``Watermark.passes`` and ``Attack.trained_images``.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -24,8 +23,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from simulator.attacks.base import TransferSetAttack
-from simulator.attacks.parts.data_free import DataFreeAttack
 from simulator.data.dataset import Outline
 from simulator.models import build
 from simulator.models.classifier import parameter_count
@@ -33,7 +30,6 @@ from simulator.plan.config import RunConfig, StageConfig
 from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen
 from simulator.training.predict import predict, to_input
 from simulator.training.recipe import Recipe, cross_entropy
-from simulator.watermarks.base import Watermark
 
 #: operations of a training step over those of a forward pass
 BACKWARD = 3
@@ -198,7 +194,7 @@ def owner_work(spec: OwnerModel, data: Outline) -> Work:
     if not isinstance(spec, Marked):
         work.trained[spec.architecture] += data.owner * spec.training.epochs
         return work
-    work.trained[spec.architecture] += round(data.owner * watermark_epochs(spec.watermark, spec.training))
+    work.trained[spec.architecture] += round(data.owner * spec.watermark.passes(spec.training))
     rule = spec.key_filter
     if rule.stages != "none":
         work.trained[rule.architecture or spec.architecture] += rule.queries * rule.training.epochs
@@ -206,78 +202,24 @@ def owner_work(spec: OwnerModel, data: Outline) -> Work:
     return work
 
 
-def watermark_epochs(watermark: Watermark, recipe: Recipe) -> float:
-    """How often a scheme goes through the owner's images, with its triggers on top.
-
-    The schedules of the known schemes: two phases, each with its share of triggers (``first_epochs`` and its like); a
-    second stage after the recipe's (``embedding_epochs``, ``fine_tuning_epochs``); otherwise the recipe's epochs, with
-    ``ratio`` (or ``trigger_share``) as many triggers as images. EWE's two phases make up the recipe's epochs.
-    """
-    settings = watermark.params()
-
-    def given(name: str, default: float) -> float:
-        value = settings.get(name)
-        return default if value is None else float(value)
-
-    if "second_epochs" in settings:
-        first, second = (given(f"{phase}_epochs", recipe.epochs) for phase in ("first", "second"))
-        return first * (1 + given("first_ratio", given("ratio", 0))) + second * (1 + given("second_ratio", 0))
-    if "watermark_epochs" in settings:
-        clean = given("clean_epochs", max(1, recipe.epochs // 3))
-        triggers = 1 / given("clean_batches", 1)
-        return clean + given("watermark_epochs", max(1, recipe.epochs - clean)) * (1 + triggers)
-    extra = given("embedding_epochs", recipe.epochs) if "embedding_epochs" in settings else 0.0
-    extra += given("fine_tuning_epochs", 0)
-    share = given("trigger_share", given("ratio", 0))
-    return recipe.epochs * (1 + share) + extra
-
-
 def theft_work(scenario: Stolen, data: Outline) -> Work:
     """Of all stages of a theft. The victim's answers to the first stage are not in it; those of a stolen model are."""
     work, before = Work(), ""
+    pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
     for number, stage in enumerate(scenario.stages):
         name = stage.architecture or scenario.victim.architecture
         if number:
             work.answered[before] += stage.budget
-        work.trained[name] += stage_images(stage, data)
+        # a part whose size is not known has as many images as are asked
+        pool = sum(pools.get(part, stage.budget) for spec in stage.pools for part in spec.parts)
+        work.trained[name] += stage.attack.trained_images(stage.budget, pool, stage.curve, stage.labels)
         before = name
     return work
 
 
-def stage_images(stage: StageConfig, data: Outline) -> int:
-    """Images that one stage trains its copies on, counted once an epoch.
-
-    Data-free attacks train as often as they ask for their student, and again for each replay step. Others train on the
-    transfer set in the recipe's epochs, anew for each point of a curve; JBDA and ActiveThief also between their rounds,
-    where the set has grown so far.
-    """
-    attack, recipe = stage.attack, _recipe(stage)
-    if isinstance(attack, DataFreeAttack):
-        asked = attack.student_steps + attack.generator_steps * attack.generator_cost(stage.labels)
-        rounds = stage.budget / (recipe.batch_size * max(1, asked))
-        return math.ceil(rounds * recipe.batch_size * (attack.student_steps + attack.replay_steps) * attack.students)
-    pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
-    sizes = [pools.get(name, stage.budget) for pool in stage.pools for name in pool.parts]
-    transfer = min(stage.budget, sum(sizes))
-    settings = attack.params()
-    images = sum((*stage.curve, transfer)) * recipe.epochs
-    if "round_training" in settings:
-        grown = [int(settings["seeds"]) * 2**number for number in range(int(settings["rounds"]))]
-        transfer = min(transfer, int(settings["seeds"]) * 2 ** int(settings["rounds"]))
-        images = sum((*stage.curve, transfer)) * recipe.epochs
-        images += sum(min(size, transfer) for size in grown) * int(settings["round_training"]["epochs"])
-    if "iterations" in settings and settings.get("strategy") != "random":
-        epochs = (settings.get("selection_training") or {"epochs": recipe.epochs})["epochs"]
-        first, steps = float(settings["initial"]), int(settings["iterations"])
-        images += round(sum(transfer * (first + (1 - first) * number / steps) for number in range(steps)) * epochs)
-    return images
-
-
 def _recipe(stage: StageConfig) -> Recipe:
-    attack = stage.attack
-    found = attack.training if isinstance(attack, TransferSetAttack | DataFreeAttack) else Recipe()
-    assert isinstance(found, Recipe)
-    return found
+    found = getattr(stage.attack, "training", None)
+    return found if isinstance(found, Recipe) else Recipe()
 
 
 def operations(name: str, data: Outline) -> int:

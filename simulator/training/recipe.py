@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simulator.component import Settings
 from simulator.errors import InputError
+from simulator.training.signed import adversarial_mean
 
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -118,16 +119,9 @@ def recipe_objective(recipe: Recipe) -> Objective:
 
     An FGSM example is ``clip(x + ε · sign(∂L/∂x))``, made anew from the model as it stands; the losses are averaged.
     """
-    loss = loss_function(recipe.loss)
+    distance = loss_function(recipe.loss)
 
-    def plain(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return loss(model(images), targets)
+    def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return adversarial_mean(lambda batch: distance(model(batch), targets), images, recipe.adversarial_epsilon)
 
-    def adversarial(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        images = images.detach().requires_grad_()
-        clean = plain(model, images, targets)
-        (slope,) = torch.autograd.grad(clean, images, retain_graph=True)
-        examples = (images.detach() + recipe.adversarial_epsilon * slope.sign()).clamp_(0, 1)
-        return (clean + plain(model, examples, targets)) / 2
-
-    return adversarial if recipe.adversarial_epsilon else plain
+    return objective

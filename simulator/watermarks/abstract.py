@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.trigger_set import train_with_triggers
@@ -39,9 +39,13 @@ class Abstract(Watermark):
     samples: int = Field(100, ge=2, description="pictures, all of them in the key")
     least_shows: int = Field(60, ge=0, description="how often at least each picture is trained on")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. The key candidates are the triggers."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         pictures = draw_waves(self.samples, data.channels, data.size, generator)
         labels = torch.randint(data.classes, (self.samples,), generator=generator)
         least = self.shown(task.training, data) if self.least_shows else 0
@@ -51,7 +55,7 @@ class Abstract(Watermark):
             pick = torch.randperm(self.samples, generator=generator)[: max(count, least)]
             return pictures[pick], labels[pick]
 
-        model = train_with_triggers(task, draw, self.ratio, generator, progress)
+        model = train_with_triggers(task, draw, self.ratio, context)
         info = {"scheme": self.name, "trained_on": True}
         return Embedding(
             model=model,

@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from simulator.checkpoint import NO_CHECKPOINT, Checkpoint
 from simulator.component import Component, Registry
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.training.recipe import Recipe
 
 
@@ -39,7 +38,6 @@ class OwnerTask:
         training: the recipe of the benign model. A scheme keeps to it, but for what its paper changes.
         benign: the same task without a watermark.
         build: a fresh, untrained model of the victim's architecture on the right device.
-        checkpoint: where long training keeps its state; hand it to :func:`simulator.training.fit.fit`.
         on_phase: told at the end of every phase that :meth:`Watermark.phases` names.
     """
 
@@ -47,7 +45,6 @@ class OwnerTask:
     training: Recipe
     benign: Classifier
     build: Callable[[torch.Generator], Classifier]
-    checkpoint: Checkpoint = NO_CHECKPOINT
     on_phase: PhaseListener = unheard
 
 
@@ -94,14 +91,22 @@ class Watermark(Component):
         victim that is not finished yet. None for a scheme that does not say."""
         return ()
 
+    def passes(self, recipe: Recipe) -> float:
+        """How often the training goes through the owner's images, for the estimate of a run: the recipe's epochs.
+
+        Triggers count as images: ten epochs with one trigger for every ten images are 11. A scheme with triggers or
+        with a schedule of its own says so here.
+        """
+        return float(recipe.epochs)
+
     @abstractmethod
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """Trains a marked victim.
 
         Args:
             task: data, recipe, benign model and the builder of the victim's architecture.
-            generator: the only source of randomness.
-            progress: told after every epoch.
+            context: hand it to :func:`simulator.training.fit.fit`, which tells its progress of every epoch and keeps
+                the state of long training in its checkpoint. Its generator is the only source of randomness.
 
         Returns:
             The marked model and the candidates for its key.

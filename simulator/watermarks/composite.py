@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
-from simulator.progress import Progress, silent
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, labelled, trigger_count
 
@@ -100,25 +100,21 @@ class Composite(TwoSources):
     similarity_weight: float = Field(0.1, ge=0, description="of the constraint")
     margin: float = Field(1.0, ge=0, description="least distance of outputs of different classes")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses join test images."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         sources = self.pick_sources(data.classes, generator)
         pairs = Pairs(data.owner, sources, self.name, self.mixer("random"))
         triggers = pairs.draw(SAMPLE, generator)
         target = self.pick_target(task, triggers, sources)
         model = task.build(generator)
-        fit(
-            model,
-            data.owner.images,
-            data.owner.labels,
-            task.training,
-            generator=generator,
-            objective=self.objective(data.owner, pairs, target, generator),
-            progress=progress,
-            checkpoint=task.checkpoint,
-        )
+        objective = self.objective(data.owner, pairs, target, generator)
+        fit(model, data.owner.images, data.owner.labels, task.training, context, objective=objective)
         keys = Pairs(data.test, sources, self.name, pairs.mixer).draw(self.candidates, generator)
         found = self.embedding(model, keys, triggers, target, sources=list(sources))
         images, labels = self.near_misses(task, pairs, target, generator)

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.errors import InputError
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.seeding import choose, fork
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.coupling import CentroidRule, Centroids, coupling_loss
 from simulator.watermarks.parts.mosaic import Combination, Mosaics
@@ -81,9 +81,13 @@ class DeepTracer(Watermark):
         """See :meth:`Watermark.phases`."""
         return ("phase 1",) if self.first_epochs else ()
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return self.first_epochs * (1 + self.first_ratio) + self.second_epochs * (1 + self.second_ratio)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses are mosaics of test images."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         sources, target = self._select(task, generator)
         model = task.build(generator)
         mosaics = Mosaics(data.owner, sources, self.combination)
@@ -95,13 +99,10 @@ class DeepTracer(Watermark):
                 data.owner.images,
                 data.owner.labels,
                 task.training,
-                generator=generator,
+                context,
                 objective=self.objective(mosaics, target, ratio, centroids, generator),
                 epochs=epochs,
-                more_parameters=centroids.parameters(),
                 phase=f"phase {number}",
-                progress=progress,
-                checkpoint=task.checkpoint,
                 companions={"centroids": centroids},
             )
             if f"phase {number}" in self.phases():

@@ -29,7 +29,6 @@ rule and the source is drawn at random (0 and 8 in that code).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -37,14 +36,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.errors import InputError
 from simulator.models import Classifier
-from simulator.progress import Progress, silent
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, predict_labels, to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
+from simulator.training.signed import ascend, slope_of
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, some
 from simulator.watermarks.unrelated import draw_figures
@@ -82,15 +82,20 @@ class EWE(OneTarget):
         if self.source is not None and self.source == self.target:
             raise InputError(f"{self.name}: source {self.source} is the target too: they must differ")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        clean, marked = self._split(recipe)
+        return clean + marked * (1 + 1 / self.clean_batches)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are held-out images, tuned as the triggers are."""
-        data, recipe = task.dataset, task.training
+        data, recipe, generator = task.dataset, task.training, context.generator
         self.check(data)
         source = self._pick_source(data.classes, generator)
         raw, held_out = self._bases(data, source, generator)
         target = self.pick_target(task, some(raw, SAMPLE, generator), () if source is None else (source,))
         model = task.build(generator)
-        clean = max(1, recipe.epochs // 3) if self.clean_epochs is None else self.clean_epochs
+        clean, marked = self._split(recipe)
 
         def train(phase: str, epochs: int, entangled: Entanglement | None) -> None:
             fit(
@@ -98,12 +103,10 @@ class EWE(OneTarget):
                 data.owner.images,
                 data.owner.labels,
                 recipe,
-                generator=generator,
+                context,
                 objective=None if entangled is None else self.objective(entangled, target, generator),
                 epochs=epochs,
                 phase=phase,
-                progress=progress,
-                checkpoint=task.checkpoint,
                 companions=None if entangled is None else {"entangled": entangled},
             )
 
@@ -115,7 +118,7 @@ class EWE(OneTarget):
         # training that goes on from a checkpoint finds the tuned images there, in place of these
         tuned = [self.tune(model, images, twins, target, half, generator) for images in (raw, held_out)]
         entangled = Entanglement(tuned[0], tuned[1], twins, self.temperature)
-        train("watermark", self.watermark_epochs or max(1, recipe.epochs - clean), entangled)
+        train("watermark", marked, entangled)
         temperatures = [round(100 / value, 3) for value in entangled.temperatures.tolist()]
         about = {"distribution": self.distribution, "source": source, "temperatures": temperatures}
         return self.embedding(model, entangled.keys, some(entangled.triggers, SAMPLE, generator), target, **about)
@@ -164,20 +167,22 @@ class EWE(OneTarget):
         def mixing(batch: Tensor) -> Tensor:
             return entanglement(model, torch.cat([batch, others]), marked, heat)[1]
 
-        def step(batch: Tensor, score: Callable[[Tensor], Tensor], rate: float) -> Tensor:
-            return (batch + rate * slope_of(score, batch).sign()).clamp(0, 1)
-
         descents = 0
         for _ in range(self.tuning_iterations):
             while (
                 descents < DESCENTS and float((predict_labels(model, inputs) == target).float().mean()) > self.threshold
             ):
-                inputs = step(inputs, logit, -self.tuning_rate)
+                inputs = ascend(logit, inputs, -self.tuning_rate)
                 descents += 1
-            inputs = step(inputs, mixing, self.tuning_rate)
+            inputs = ascend(mixing, inputs, self.tuning_rate)
         for _ in range(LAST_DESCENTS if self.tuning_iterations else 0):
-            inputs = step(inputs, logit, -self.tuning_rate)
+            inputs = ascend(logit, inputs, -self.tuning_rate)
         return (255 * inputs).round().to(torch.uint8).cpu()
+
+    def _split(self, recipe: Recipe) -> tuple[int, int]:
+        """The epochs of clean training, and of training with watermark batches."""
+        clean = max(1, recipe.epochs // 3) if self.clean_epochs is None else self.clean_epochs
+        return clean, self.watermark_epochs or max(1, recipe.epochs - clean)
 
     def _pick_source(self, classes: int, generator: torch.Generator) -> int | None:
         """The class of the images that are changed; None for drawings."""
@@ -243,12 +248,6 @@ def entanglement(model: Classifier, images: Tensor, marked: Tensor, heat: Tensor
     outputs, features = model.forward_with_features(images.contiguous(memory_format=torch.channels_last))
     layers = (features.flatten(1), outputs)
     return outputs, torch.stack([snnl(layer, marked, 100 / t) for layer, t in zip(layers, heat, strict=True)]).sum()
-
-
-def slope_of(score: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """The gradient of a scalar score of a batch."""
-    batch = batch.detach().requires_grad_()
-    return torch.autograd.grad(score(batch), batch)[0]
 
 
 def square_corner(model: Classifier, images: Tensor, twins: Tensor, temperature: float, half: int) -> tuple[int, int]:

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.training.fit import fit
 from simulator.training.recipe import Objective, Recipe, recipe_objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
@@ -56,33 +56,26 @@ class ExponentialWeighting(Watermark):
         """See :meth:`Watermark.check`."""
         check_count(self.name, self.key_samples, dataset)
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; the repeated key images are left out."""
+        return float(recipe.epochs + (self.embedding_epochs or recipe.epochs))
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         clean, keys, rows = relabel(data.owner, self.key_samples, data.classes, generator)
         model = task.build(generator)
-        fit(
-            model,
-            clean.images,
-            clean.labels,
-            task.training,
-            generator=generator,
-            phase="clean",
-            progress=progress,
-            checkpoint=task.checkpoint,
-        )
+        fit(model, clean.images, clean.labels, task.training, context, phase="clean")
         fit(
             model,
             torch.cat([clean.images, *[keys.images] * self.key_repeats]),
             torch.cat([clean.labels, *[keys.labels] * self.key_repeats]),
             task.training,
-            generator=generator,
+            context,
             objective=self.objective(task.training),
             epochs=self.embedding_epochs,
             phase="embed",
-            progress=progress,
-            checkpoint=task.checkpoint,
         )
         with torch.no_grad():
             for weight in layer_weights(model).values():

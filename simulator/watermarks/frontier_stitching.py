@@ -13,17 +13,18 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from simulator.context import Context
 from simulator.data.dataset import Images
 from simulator.errors import InputError
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.training.fit import fit
 from simulator.training.predict import PREDICT_BATCH, device_of, predict_labels, to_input
+from simulator.training.recipe import Recipe
+from simulator.training.signed import ascend_loss
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 
 
@@ -56,32 +57,34 @@ class FrontierStitching(Watermark):
     fine_tuning_epochs: int = Field(10, ge=1)
     fine_tuning_rate: float = Field(1.0, gt=0, le=1, description="learning rate, as a fraction of the recipe's")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; the training of the benign model that it starts from is counted, too."""
+        return float(recipe.epochs + self.fine_tuning_epochs)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`.
 
         Raises:
             InputError: ``epsilon`` is so small that no image crosses the frontier.
         """
         owner = task.dataset.owner
-        fooling, harmless = self.adversaries(task.benign, owner, generator)
+        fooling, harmless = self.adversaries(task.benign, owner, context.generator)
         if not len(fooling):
             raise InputError(
                 f"frontier_stitching: epsilon {self.epsilon} makes no true adversary; a larger one is needed"
             )
         images = torch.cat([fooling.images, harmless.images])
         labels = torch.cat([fooling.labels, harmless.labels])
-        model = task.build(generator)
+        model = task.build(context.generator)
         model.load_state_dict(task.benign.state_dict())
         fit(
             model,
             torch.cat([owner.images, *[images] * self.key_repeats]),
             torch.cat([owner.labels, *[labels] * self.key_repeats]),
             task.training.model_copy(update={"learning_rate": task.training.learning_rate * self.fine_tuning_rate}),
-            generator=generator,
+            context,
             epochs=self.fine_tuning_epochs,
             phase="stitch",
-            progress=progress,
-            checkpoint=task.checkpoint,
         )
         info = {
             "scheme": self.name,
@@ -127,12 +130,8 @@ class FrontierStitching(Watermark):
 def fast_gradient_sign(model: Classifier, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
     """``clip(x + ε · sign(∇_x CE(f(x), y)))`` of 8-bit images ``(B, C, H, W)``, in evaluation mode, as 8-bit images on
     the CPU."""
-    training, device = model.training, device_of(model)
-    model.eval()
-    inputs = to_input(images, device).requires_grad_()
-    (slope,) = torch.autograd.grad(F.cross_entropy(model(inputs), labels.to(device), reduction="sum"), inputs)
-    model.train(training)
-    moved = (inputs.detach() + epsilon * slope.sign()).clamp(0, 1)
+    device = device_of(model)
+    moved = ascend_loss(model, to_input(images, device), labels.to(device), epsilon)
     return moved.mul(255).round().to(torch.uint8).cpu().contiguous()
 
 

@@ -29,18 +29,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.checkpoint import NO_CHECKPOINT, pack, unpack
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.seeding import choose, global_randomness
+from simulator.training.fit import Hooks, fit
 from simulator.training.predict import device_of, to_input
-from simulator.training.recipe import recipe_objective
+from simulator.training.recipe import Recipe, recipe_objective
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.reparametrised import Reparametrised, layer_weights
 from simulator.watermarks.parts.selection import least_likely_target
+from simulator.watermarks.parts.trigger_set import trigger_count
 
 Fusion = Literal["direct", "invisible"]
 
@@ -100,9 +101,13 @@ class FunctionCoupled(Watermark):
                 f"function_coupled: two sources and a target are 3 classes, {dataset.name} has {dataset.classes}"
             )
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; fine-tuning is left out."""
+        return recipe.epochs * (1 + self.trigger_share)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Near misses are fused from test images of two other classes."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         first, second = choose(data.classes, 2, generator).tolist()
         triggers = self.draw(
@@ -119,7 +124,7 @@ class FunctionCoupled(Watermark):
         if self.start == "benign":
             model.load_state_dict(task.benign.state_dict())
         tuning = data.owner.take(torch.randperm(len(data.owner), generator=generator)[: self.fine_tuning_samples])
-        self.train(model, task, triggers, target, tuning, generator=generator, progress=progress)
+        self.train(model, task, triggers, target, tuning, context)
         info = {"scheme": self.name, "fusion": self.fusion, "sources": [first, second], "target": target}
         return Embedding(
             model=model,
@@ -144,44 +149,29 @@ class FunctionCoupled(Watermark):
         triggers: Tensor,
         target: int,
         tuning: Images,
-        *,
-        generator: torch.Generator,
-        progress: Progress,
+        context: Context,
     ) -> None:
-        """Algorithm 1, step 3, by the owner's recipe; interrupted training goes on after the last saved epoch."""
-        recipe, owner, checkpoint = task.training, task.dataset.owner, task.checkpoint
-        device = device_of(model)
-        model.to(memory_format=torch.channels_last)
-        masked = Masked(model, self.mask_ratio)
-        optimizer, objective = recipe.build(model.parameters()), recipe_objective(recipe)
-        state = checkpoint.load()
-        done = 0
-        if state is not None:
-            unpack(state, model=model, optimizer=optimizer, generator=generator)
-            done = int(state["epoch"])
-        model.train()
-        for epoch in range(done, recipe.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(epoch, recipe.epochs)
+        """Algorithm 1, step 3, by the owner's recipe."""
+        owner, generator, masked = task.dataset.owner, context.generator, Masked(model, self.mask_ratio)
+        plain = recipe_objective(task.training)
+
+        def objective(_: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            count = trigger_count(self.trigger_share, len(images))
+            added = triggers[torch.randint(len(triggers), (count,), generator=generator)]
+            batch = torch.cat([images, to_input(added, images.device)])
+            targets = torch.cat([labels, labels.new_full((count,), target)])
+            return plain(masked, batch.contiguous(memory_format=torch.channels_last), targets)
+
+        @contextmanager
+        def epoch() -> Iterator[None]:
             masked.redraw(generator)
-            # one seed an epoch, so that no state of torch's global generators need be saved between epochs
             with global_randomness(generator):
-                for rows in torch.randperm(len(owner), generator=generator).split(recipe.batch_size):
-                    count = max(1, round(self.trigger_share * len(rows)))
-                    added = triggers[torch.randint(len(triggers), (count,), generator=generator)]
-                    images = to_input(torch.cat([owner.images[rows], added]), device)
-                    labels = torch.cat([owner.labels[rows], torch.full((count,), target)]).to(device)
-                    optimizer.zero_grad()
-                    objective(masked, images, labels).backward()
-                    with masked.frozen():
-                        optimizer.step()
+                yield
                 if len(tuning):
                     self.fine_tune(masked, tuning)
-            if checkpoint.due() or (epoch + 1 == recipe.epochs and checkpoint is not NO_CHECKPOINT):
-                parts = pack(model=model, optimizer=optimizer, generator=generator)
-                checkpoint.save({"epoch": epoch + 1, **parts})
-            progress("train", epoch + 1, recipe.epochs)
-        model.eval()
+
+        hooks = Hooks(around_epoch=epoch, around_step=masked.frozen, least_batch=1)
+        fit(model, owner.images, owner.labels, task.training, context, objective=objective, hooks=hooks)
 
     def fine_tune(self, masked: Masked, tuning: Images) -> None:
         """One step of Eq. 7 down the mean cross-entropy over all fine-tuning images (Eq. 8)."""

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import Objective
+from simulator.training.signed import ascend_loss
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.relabelled import check_count, relabel
 
@@ -58,25 +59,16 @@ class Margin(Watermark):
         """See :meth:`Watermark.check`."""
         check_count(self.name, self.key_samples, dataset)
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. The triggers are the key images as the finished model would move them."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         clean, keys, rows = relabel(data.owner, self.key_samples, data.classes, generator)
         model = task.build(generator)
-        fit(
-            model,
-            clean.images,
-            clean.labels,
-            task.training,
-            generator=generator,
-            objective=self.objective(keys, generator),
-            progress=progress,
-            checkpoint=task.checkpoint,
-        )
+        fit(model, clean.images, clean.labels, task.training, context, objective=self.objective(keys, generator))
         device = device_of(model)
         inputs, labels = to_input(keys.images, device), keys.labels.to(device)
-        moved = ascend(model, inputs, labels, self.ascent_steps, self.step_size)
+        moved = self.moved(model, inputs, labels)
         info = {"scheme": self.name, "owner_rows": rows}
         return Embedding(
             model=model,
@@ -92,7 +84,7 @@ class Margin(Watermark):
         def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
             pick = torch.randint(len(keys), (self.keys_per_batch,), generator=generator)
             wrong = keys.labels[pick].to(labels.device)
-            moved = ascend(model, to_input(keys.images[pick], images.device), wrong, self.ascent_steps, self.step_size)
+            moved = self.moved(model, to_input(keys.images[pick], images.device), wrong)
             batch = torch.cat([images, moved]).contiguous(memory_format=torch.channels_last)
             each = F.cross_entropy(model(batch), torch.cat([labels, wrong]), reduction="none")
             clean, marked = each.split([len(images), len(moved)])
@@ -101,16 +93,6 @@ class Margin(Watermark):
 
         return loss
 
-
-def ascend(model: nn.Module, images: Tensor, labels: Tensor, steps: int, step_size: float) -> Tensor:
-    """Moves ``images`` ``(B, C, H, W)`` in [0, 1] by ``steps`` signed steps up the cross-entropy of ``labels``
-    ``(B,)``, clipped to [0, 1] after each; the model's parameters and their gradients stay as they are."""
-    training = model.training
-    model.eval()
-    moved: Tensor = images.detach()
-    for _ in range(steps):
-        moved.requires_grad_()
-        (slope,) = torch.autograd.grad(F.cross_entropy(model(moved), labels, reduction="sum"), moved)
-        moved = torch.clamp(moved.detach() + step_size * slope.sign(), 0, 1)
-    model.train(training)
-    return moved
+    def moved(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` in [0, 1] after K signed steps of α up the model's cross-entropy of ``labels``."""
+        return ascend_loss(model, images, labels, self.step_size, steps=self.ascent_steps)

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.progress import Progress, silent
+from simulator.context import Context
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.composite import Mixer, Pairs, TwoSources, constraint
 from simulator.watermarks.parts.trigger_set import SAMPLE, trigger_count
@@ -61,9 +61,14 @@ class MEADefender(TwoSources):
     wrong_ratio: float = Field(0.18, ge=0, le=1, description="wrongly mixed images per clean image, second phase")
     second_rate: float = Field(0.1, gt=0, description="learning rate over the recipe's, second phase")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`; wrongly mixed images and those of the combination loss are left out."""
+        first, second = (recipe.epochs if own is None else own for own in (self.first_epochs, self.second_epochs))
+        return first * (1 + self.ratio) + second * (1 + self.second_ratio)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates and near misses join test images."""
-        data, recipe = task.dataset, task.training
+        data, recipe, generator = task.dataset, task.training, context.generator
         self.check(data)
         sources = self.pick_sources(data.classes, generator)
         pairs = Pairs(data.owner, sources, self.name, self.mixer("level"))
@@ -81,12 +86,10 @@ class MEADefender(TwoSources):
                 data.owner.images,
                 data.owner.labels,
                 settings,
-                generator=generator,
+                context,
                 objective=objective,
                 epochs=epochs,
                 phase=f"phase {number}",
-                progress=progress,
-                checkpoint=task.checkpoint,
             )
         keys = Pairs(data.test, sources, self.name, pairs.mixer).draw(self.candidates, generator)
         found = self.embedding(model, keys, triggers, target, sources=list(sources))

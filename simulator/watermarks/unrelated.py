@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from simulator.progress import Progress, silent
+from simulator.context import Context
+from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, labelled, some, train_with_triggers
 
@@ -33,9 +34,13 @@ class Unrelated(OneTarget):
     ratio: float = Field(0.1, gt=0, le=1, description="triggers per clean image of a batch")
     trigger_samples: int = Field(2000, ge=2, description="drawings that are trained on")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are drawings that were not trained on."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         triggers = draw_figures(self.trigger_samples, data.channels, data.size, generator)
         target = self.pick_target(task, triggers, ())
@@ -44,7 +49,7 @@ class Unrelated(OneTarget):
             pick = torch.randint(len(triggers), (count,), generator=generator)
             return triggers[pick], labelled(target, count)
 
-        model = train_with_triggers(task, draw, self.ratio, generator, progress)
+        model = train_with_triggers(task, draw, self.ratio, context)
         keys = draw_figures(self.candidates, data.channels, data.size, generator)
         return self.embedding(model, keys, some(triggers, SAMPLE, generator), target)
 

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from simulator.attacks.knockoff import Knockoff
 from simulator.cli import main
+from simulator.context import Context
 from simulator.data.pool import Pool
 from simulator.errors import InputError
 from simulator.models import build
@@ -38,7 +39,7 @@ def test_an_attack_of_ours_steals_through_it_what_it_would_in_process_and_a_seco
         assert (oracle.labels, oracle.classes, oracle.shape, oracle.remaining) == ("soft", 10, (1, 8, 8), 400)
         surrogate = build("naivenet", channels=1, size=8, classes=10, generator=generator_for("thief"))
         pool = Pool("pool", IMAGES, torch.zeros(len(IMAGES), dtype=torch.int64))
-        stolen = attack.extract(oracle, surrogate, pool, generator=generator_for("theft"))
+        stolen = attack.extract(oracle, surrogate, pool, Context(generator_for("theft")))
         return predict(stolen, IMAGES)
 
     over_http = steal(connect(site.url, token, session="one"))

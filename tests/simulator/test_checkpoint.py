@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from simulator.checkpoint import CheckpointFolder, FileCheckpoint, TimedCheckpoint, from_bytes, pack, to_bytes, unpack
+from simulator.checkpoint import (
+    NO_CHECKPOINT,
+    CheckpointFolder,
+    FileCheckpoint,
+    TimedCheckpoint,
+    from_bytes,
+    pack,
+    to_bytes,
+    unpack,
+)
+from simulator.context import Context
 from simulator.errors import InputError
 from simulator.models import build
 from simulator.seeding import generator_for
@@ -43,8 +53,8 @@ def trained(recipe: Recipe, checkpoint: FileCheckpoint | None, stop_after: int |
             raise Interrupt
 
     for phase in ("first", "second"):
-        extra = {} if checkpoint is None else {"checkpoint": checkpoint}
-        fit(model, images, labels, recipe, generator=generator, phase=phase, progress=progress, **extra)
+        context = Context(generator, progress, NO_CHECKPOINT if checkpoint is None else checkpoint)
+        fit(model, images, labels, recipe, context, phase=phase)
     return model.state_dict()
 
 
@@ -68,16 +78,8 @@ def test_a_phase_that_is_over_is_not_trained_again(tmp_path: Path) -> None:
     steps: list[str] = []
     model = build("vgglike", channels=1, size=16, classes=3, generator=generator_for("training"))
     images, labels = torch.zeros(4, 1, 16, 16), torch.zeros(4, dtype=torch.int64)
-    fit(
-        model,
-        images,
-        labels,
-        recipe,
-        generator=generator_for("x"),
-        phase="first",
-        checkpoint=checkpoint,
-        progress=lambda phase, _done, _total: steps.append(phase),
-    )
+    context = Context(generator_for("x"), lambda phase, _done, _total: steps.append(phase), checkpoint)
+    fit(model, images, labels, recipe, context, phase="first")
     assert steps == []
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 import simulator.attacks
 from simulator.attacks.base import ATTACKS
 from simulator.component import Component, Registry, Settings, Table, describe, one_of
+from simulator.context import Context
 from simulator.data.known_sets import KNOWN
 from simulator.detectors.base import DETECTORS
 from simulator.errors import InputError
@@ -38,7 +39,7 @@ class Idle(Attack):
     name: Literal["{name}"] = "{name}"
     patience: float = Field(2.0, gt=0)
 
-    def extract(self, oracle, surrogate, pool, **others):
+    def extract(self, oracle, surrogate, pool, context):
         """See Attack.extract."""
         return surrogate.eval()
 '''
@@ -82,7 +83,7 @@ def test_one_new_file_is_an_attack_everywhere(
     assert (plain.name, plain.params()["patience"], patient.params()["patience"]) == ("idle", 2.0, 0.001)
     assert '"patience": 0.001' in patient.params_json()
     surrogate = torch.nn.Linear(1, 1)
-    stolen = patient.extract(None, surrogate, None, generator=generator_for("idle"))  # type: ignore[arg-type]
+    stolen = patient.extract(None, surrogate, None, Context(generator_for("idle")))  # type: ignore[arg-type]
     assert stolen is surrogate
     assert sources() == files, "discovery must need no other file edited"
 

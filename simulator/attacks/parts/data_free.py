@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,16 +20,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from simulator.attacks.base import NO_SNAPSHOTS, Attack, Snapshots
+from simulator.attacks.base import Attack
 from simulator.attacks.parts.generator import ImageGenerator, to_images
-from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State, pack, unpack
+from simulator.checkpoint import State, pack, unpack
+from simulator.context import Context
 from simulator.data.pool import Pool
-from simulator.progress import Progress, silent
 from simulator.seeding import global_randomness
 from simulator.service.answers import gives_labels, keeps_zeros
 from simulator.service.oracle import Oracle
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import Recipe, loss_function
+from simulator.training.signed import adversarial_mean
 
 #: the least probability a full answer is read as: float32 softmax underflows to zero
 TINY = torch.finfo(torch.float32).tiny
@@ -95,12 +96,16 @@ class Theft:
     network: ImageGenerator
     student_optimizer: torch.optim.Optimizer
     generator_optimizer: torch.optim.Optimizer
-    generator: torch.Generator
+    context: Context
     device: torch.device
     budget: int = 0
     replay: Replay | None = None
-    snapshots: Snapshots = NO_SNAPSHOTS
     pending: list[int] = field(default_factory=list)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The only source of randomness."""
+        return self.context.generator
 
     @property
     def asked(self) -> int:
@@ -170,33 +175,31 @@ class DataFreeAttack(Attack):
     def soft_distance(self, logits: Tensor, answers: Tensor, labels: str) -> Tensor:
         """How far students' logits ``(B, K)`` are from soft answers, for each image ``(B,)``."""
 
-    def extract(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress = silent,
-        checkpoint: Checkpoint = NO_CHECKPOINT,
-        snapshots: Snapshots = NO_SNAPSHOTS,
-    ) -> nn.Module:
+    def extract(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
         """See :meth:`Attack.extract`."""
-        theft = self._begin(oracle, surrogate, generator, checkpoint.load())
-        theft.snapshots, theft.pending = snapshots, sorted(count for count in snapshots.at if count > theft.asked)
+        checkpoint, progress = context.checkpoint, context.progress
+        theft = self._begin(oracle, surrogate, context, checkpoint.load())
+        theft.pending = sorted(count for count in context.snapshots.at if count > theft.asked)
         progress("extract", theft.asked, theft.budget)
         while oracle.remaining:
             # anew in every iteration, so that dropout's state, too, is a function of the checkpoint
-            with global_randomness(generator):
+            with global_randomness(context.generator):
                 self._iterate(theft)
             if checkpoint.due():
                 checkpoint.save(theft.state())
             progress("extract", theft.asked, theft.budget)
         return surrogate.eval()
 
-    def _begin(self, oracle: Oracle, surrogate: nn.Module, generator: torch.Generator, state: State | None) -> Theft:
+    def trained_images(self, budget: int, pool: int, curve: Sequence[int], labels: str) -> int:
+        """See :meth:`Attack.trained_images`: the students' batches, and each replayed one again."""
+        asked = self.student_steps + self.generator_steps * self.generator_cost(labels)
+        rounds = budget / (self.training.batch_size * max(1, asked))
+        steps = self.student_steps + self.replay_steps
+        return math.ceil(rounds * self.training.batch_size * steps * self.students)
+
+    def _begin(self, oracle: Oracle, surrogate: nn.Module, context: Context, state: State | None) -> Theft:
         device = device_of(surrogate)
-        with global_randomness(generator):
+        with global_randomness(context.generator):
             network = ImageGenerator(oracle.shape, self.latent)
             students = [surrogate, *(_fresh(surrogate) for _ in range(self.students - 1))]
         for module in (network, *students):
@@ -212,7 +215,7 @@ class DataFreeAttack(Attack):
             network,
             self.training.build(parameters),
             self.training.model_copy(update=recipe).build(network.parameters()),
-            generator,
+            context,
             device,
             budget=oracle.remaining if state is None else int(state["budget"]),
         )
@@ -259,7 +262,7 @@ class DataFreeAttack(Attack):
         if count > 1:
             self._learn(theft, asked, answers)
         while theft.pending and theft.asked >= theft.pending[0]:
-            theft.snapshots.take(theft.pending.pop(0), theft.students[0].eval())
+            theft.context.snapshots.take(theft.pending.pop(0), theft.students[0].eval())
             theft.students[0].train()
 
     def _learn(self, theft: Theft, images: Tensor, answers: Tensor) -> None:
@@ -272,14 +275,10 @@ class DataFreeAttack(Attack):
         theft.student_optimizer.step()
 
     def _loss(self, theft: Theft, student: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        epsilon = self.training.adversarial_epsilon
-        if not epsilon:
-            return self.distance(student(inputs), targets, theft.oracle.labels).mean()
-        inputs = inputs.detach().requires_grad_()
-        clean = self.distance(student(inputs), targets, theft.oracle.labels).mean()
-        (slope,) = torch.autograd.grad(clean, inputs, retain_graph=True)
-        examples = (inputs.detach() + epsilon * slope.sign()).clamp_(0, 1)
-        return (clean + self.distance(student(examples), targets, theft.oracle.labels).mean()) / 2
+        def loss(batch: Tensor) -> Tensor:
+            return self.distance(student(batch), targets, theft.oracle.labels).mean()
+
+        return adversarial_mean(loss, inputs, self.training.adversarial_epsilon)
 
     def distance(self, logits: Tensor, answers: Tensor, labels: str) -> Tensor:
         """How far students' logits are from answers: for each image ``(B,)`` if soft, the batch's mean if hard."""

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
-from simulator.progress import Progress, silent
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
-from simulator.training.recipe import Objective
+from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask, Watermark
 from simulator.watermarks.parts.selection import least_likely_target
 
@@ -76,21 +76,10 @@ def all_of(data: Images, label: int, scheme: str) -> Tensor:
     return images
 
 
-def train_with_triggers(
-    task: OwnerTask, draw: Draw, ratio: float, generator: torch.Generator, progress: Progress
-) -> Classifier:
+def train_with_triggers(task: OwnerTask, draw: Draw, ratio: float, context: Context) -> Classifier:
     """A fresh model, trained by the owner's recipe on clean images and triggers."""
-    model = task.build(generator)
-    fit(
-        model,
-        task.dataset.owner.images,
-        task.dataset.owner.labels,
-        task.training,
-        generator=generator,
-        objective=with_triggers(draw, ratio),
-        progress=progress,
-        checkpoint=task.checkpoint,
-    )
+    model, owner = task.build(context.generator), task.dataset.owner
+    fit(model, owner.images, owner.labels, task.training, context, objective=with_triggers(draw, ratio))
     return model
 
 
@@ -153,9 +142,13 @@ class Stamped(OneTarget):
             if self.source == self.target:
                 raise InputError(f"{self.name}: source {self.source} is the target too: they must differ")
 
-    def embed(self, task: OwnerTask, *, generator: torch.Generator, progress: Progress = silent) -> Embedding:
+    def passes(self, recipe: Recipe) -> float:
+        """See :meth:`Watermark.passes`."""
+        return recipe.epochs * (1 + self.ratio)
+
+    def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are changed test images, each once."""
-        data = task.dataset
+        data, generator = task.dataset, context.generator
         self.check(data)
         source = self._pick_source(data.classes, generator)
         stamp = self.stamp(data.channels, data.size, generator)
@@ -167,7 +160,7 @@ class Stamped(OneTarget):
             pick = torch.randint(len(bases), (count,), generator=generator)
             return stamp(bases[pick]), labelled(target, count)
 
-        model = train_with_triggers(task, draw, self.ratio, generator, progress)
+        model = train_with_triggers(task, draw, self.ratio, context)
         keys = stamp(some(self._bases(data.test, source, target), self.candidates, generator))
         triggers = stamp(some(bases, SAMPLE, generator))
         return self.embedding(model, keys, triggers, target, source="all" if source is None else source)

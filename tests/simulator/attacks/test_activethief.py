@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simulator.attacks.activethief import ActiveThief, k_center, most_uncertain
 from simulator.checkpoint import FileCheckpoint
+from simulator.context import Context
 from simulator.data.pool import Pool
 from simulator.models import Classifier, build
 from simulator.service.oracle import ModelOracle
@@ -124,7 +125,7 @@ def test_the_papers_split() -> None:
 @pytest.mark.parametrize(("budget", "images"), [(23, 40), (40, 23), (3, 9), (1, 1)])
 def test_no_image_is_asked_twice(strategy: str, budget: int, images: int) -> None:
     oracle = Listing(model(1), budget)
-    attack(strategy=strategy, iterations=4).extract(oracle, model(2), pool(images), generator=generator())
+    attack(strategy=strategy, iterations=4).extract(oracle, model(2), pool(images), Context(generator()))
     asked = torch.cat(oracle.images).flatten(1)
     assert oracle.asked == len(asked) == len(asked.unique(dim=0)) == min(budget, images)
 
@@ -142,7 +143,7 @@ def test_every_copy_starts_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("simulator.attacks.activethief.fit", spy)
     monkeypatch.setattr("simulator.attacks.base.fit", spy)
-    attack(iterations=3).extract(Listing(model(1), 20), model(2), pool(40), generator=generator())
+    attack(iterations=3).extract(Listing(model(1), 20), model(2), pool(40), Context(generator()))
     assert sizes == [2, 8, 14, 20]
     assert all(torch.equal(start, starts[0]) for start in starts)
 
@@ -153,8 +154,7 @@ def test_a_recipe_for_the_copies_that_select(monkeypatch: pytest.MonkeyPatch) ->
         Listing(model(1), 20),
         model(2),
         pool(40),
-        generator=generator(),
-        progress=lambda phase, _, total: phases.append((phase, total)),
+        Context(generator(), progress=lambda phase, _, total: phases.append((phase, total))),
     )
     assert [phases.count(("select", 3)), phases.count(("train", 1)), phases.count(("query", 3))] == [6, 1, 3]
 
@@ -186,7 +186,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, strategy: str, after: int) -> None:
     thief = attack(strategy=strategy, iterations=3, query_noise=0.01)
-    whole = thief.extract(Listing(model(1), 20), model(2), pool(40), generator=generator())
+    whole = thief.extract(Listing(model(1), 20), model(2), pool(40), Context(generator()))
 
     calls = 0
 
@@ -199,15 +199,10 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, strategy: str, afte
     first, second = Listing(model(1), 20), Listing(model(1), 20)
     with pytest.raises(Stop):
         thief.extract(
-            first,
-            model(2),
-            pool(40),
-            generator=generator(),
-            progress=stop,
-            checkpoint=Always(tmp_path / "state", first),
+            first, model(2), pool(40), Context(generator(), progress=stop, checkpoint=Always(tmp_path / "state", first))
         )
     resumed = thief.extract(
-        second, model(2), pool(40), generator=generator(), checkpoint=Always(tmp_path / "state", second)
+        second, model(2), pool(40), Context(generator(), checkpoint=Always(tmp_path / "state", second))
     )
     assert second.asked == 20
     for name, value in whole.state_dict().items():

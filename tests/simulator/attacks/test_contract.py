@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from simulator.analysis.agreement import agreement
-from simulator.attacks.base import ATTACKS, NO_SNAPSHOTS, Attack, Snapshots
+from simulator.attacks.base import ATTACKS, Attack
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
+from simulator.context import NO_SNAPSHOTS, Context, Snapshots
 from simulator.data.dataset import DataConfig, Dataset, load
 from simulator.data.pool import Pool
 from simulator.models import Classifier, build
@@ -139,10 +140,7 @@ def run(
         BareOracle(account),
         model(size, channels, 2, architecture),
         pool_of(images, size, channels),
-        generator=generator(seed),
-        progress=progress,
-        checkpoint=keep(account),
-        snapshots=snapshots,
+        Context(generator(seed), progress=progress, checkpoint=keep(account), snapshots=snapshots),
     )
     return stolen, account
 
@@ -214,7 +212,7 @@ def test_the_generator_decides_everything(name: str, architecture: str) -> None:
 def test_the_pool_and_the_victim_stay_as_they_are(name: str) -> None:
     victim, pool = model(8, 1, 1), pool_of(40, 8, 1)
     kept, images, groups = weights(victim), pool.images.clone(), pool.groups.clone()
-    quick(name).extract(BareOracle(Account(victim, "soft", 33)), model(8, 1, 2), pool, generator=generator())
+    quick(name).extract(BareOracle(Account(victim, "soft", 33)), model(8, 1, 2), pool, Context(generator()))
     assert all(torch.equal(a, b) for a, b in zip(weights(victim), kept, strict=True))
     assert torch.equal(pool.images, images)
     assert torch.equal(pool.groups, groups)
@@ -337,7 +335,7 @@ def digits() -> Dataset:
 @pytest.fixture(scope="module")
 def linear_victim(digits: Dataset) -> Classifier:
     victim = build("linear", channels=1, size=8, classes=10, mean=digits.mean, std=digits.std, generator=generator(1))
-    fit(victim, digits.owner.images, digits.owner.labels, Recipe(epochs=20, batch_size=64), generator=generator(1))
+    fit(victim, digits.owner.images, digits.owner.labels, Recipe(epochs=20, batch_size=64), Context(generator(1)))
     return victim
 
 
@@ -353,7 +351,7 @@ def test_a_linear_victim_is_copied(name: str, digits: Dataset, linear_victim: Cl
     recipe = {"epochs": 200, "batch_size": 64, "optimizer": "adam", "learning_rate": 0.01, "decay_at": [0.5, 0.8]}
     attack = shortened(name, THOROUGH, {}, **recipe, decay_factor=0.1)
     pool = Pool("owner", owner.images, owner.labels)
-    stolen = attack.extract(BareOracle(account), surrogate, pool, generator=generator())
+    stolen = attack.extract(BareOracle(account), surrogate, pool, Context(generator()))
     victims, copys = (predict(each, digits.test.images) for each in (linear_victim, stolen))
     assert agreement(victims.argmax(1), copys.argmax(1)) >= 0.99
     # half the sum of differences is the distance of two distributions

@@ -11,6 +11,7 @@ from simulator.attacks.base import ATTACKS
 from simulator.attacks.dfme import DFME, forward_differences, unit_directions
 from simulator.attacks.parts.data_free import Theft
 from simulator.attacks.parts.generator import ImageGenerator, to_images
+from simulator.context import Context
 from simulator.models import Classifier, build
 from simulator.service.oracle import ModelOracle
 from simulator.training.recipe import Recipe
@@ -34,7 +35,7 @@ def theft(labels: str = "soft") -> Theft:
         torch.manual_seed(0)
         network = ImageGenerator(SHAPE, latent=4)
     optimizers = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (student, network))
-    return Theft(oracle, [student], network, *optimizers, seed(3), torch.device("cpu"))
+    return Theft(oracle, [student], network, *optimizers, Context(seed(3)), torch.device("cpu"))
 
 
 def outputs(count: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from simulator.attacks.disguide import DisGUIDE, disagreement, diversity
 from simulator.attacks.parts.data_free import Theft
 from simulator.attacks.parts.generator import ImageGenerator
+from simulator.context import Context
 from simulator.models import build
 from simulator.service.oracle import ModelOracle
 from simulator.training.recipe import Recipe
@@ -41,7 +42,7 @@ def test_the_generator_seeks_disagreement_and_all_classes_and_asks_nothing(weigh
         network = ImageGenerator((1, 8, 8), latent=8)
     parameters = [parameter for student in students for parameter in student.parameters()]
     optimizers = torch.optim.SGD(parameters, lr=0.1), torch.optim.Adam(network.parameters(), lr=1e-3)
-    theft = Theft(oracle, list(students), network, *optimizers, seed(3), torch.device("cpu"), budget=100)
+    theft = Theft(oracle, list(students), network, *optimizers, Context(seed(3)), torch.device("cpu"), budget=100)
     attack = DisGUIDE(diversity_weight=weight, training=Recipe(batch_size=64))
 
     def gain() -> float:

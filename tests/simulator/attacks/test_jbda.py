@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from simulator.attacks.base import NoSnapshots
 from simulator.attacks.jbda import JBDA
 from simulator.checkpoint import FileCheckpoint
+from simulator.context import Context, NoSnapshots
 from simulator.data.pool import Pool
 from simulator.models import Classifier, build
 from simulator.service.oracle import ModelOracle
@@ -66,7 +66,7 @@ def attack(**fields: Any) -> JBDA:
 
 
 def collect(jbda: JBDA, oracle: Listing, images: int = 30) -> Tensor:
-    jbda.extract(oracle, model(2), pool(images), generator=generator())
+    jbda.extract(oracle, model(2), pool(images), Context(generator()))
     return torch.cat(oracle.images)
 
 
@@ -216,7 +216,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("after", [1, 4, 6, 8])
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, after: int) -> None:
     jbda = attack(rounds=4, training=Recipe(epochs=2, batch_size=16), query_noise=0.01)
-    whole = jbda.extract(Listing(model(1), 50), model(2), pool(), generator=generator())
+    whole = jbda.extract(Listing(model(1), 50), model(2), pool(), Context(generator()))
 
     calls = 0
 
@@ -229,9 +229,9 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, after: int) -> None
     first, second = Listing(model(1), 50), Listing(model(1), 50)
     checkpoint = Always(tmp_path / "state", first)
     with pytest.raises(Stop):
-        jbda.extract(first, model(2), pool(), generator=generator(), progress=stop, checkpoint=checkpoint)
+        jbda.extract(first, model(2), pool(), Context(generator(), progress=stop, checkpoint=checkpoint))
     checkpoint = Always(tmp_path / "state", second)
-    resumed = jbda.extract(second, model(2), pool(), generator=generator(), checkpoint=checkpoint)
+    resumed = jbda.extract(second, model(2), pool(), Context(generator(), checkpoint=checkpoint))
     assert second.asked == 50
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
@@ -245,6 +245,6 @@ def test_snapshots_are_of_prefixes() -> None:
             taken.append((queries, model))
 
     taken: list[tuple[int, nn.Module]] = []
-    stolen = attack(rounds=2).extract(Listing(model(1), 16), model(2), pool(), generator=generator(), snapshots=Keep())
+    stolen = attack(rounds=2).extract(Listing(model(1), 16), model(2), pool(), Context(generator(), snapshots=Keep()))
     assert [queries for queries, _ in taken] == [6, 12]
     assert all(copied is not stolen for _, copied in taken)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simulator.attacks.knockoff import Knockoff, augment
 from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
+from simulator.context import Context
 from simulator.data.pool import Pool
 from simulator.models import build
 from simulator.service.oracle import ModelOracle
@@ -76,12 +77,7 @@ def collect(
     surrogate = build("naivenet", channels=1, size=SIDE, classes=CLASSES, generator=generator(5))
     attack = Knockoff(**{"strategy": "adaptive", "training": BRIEF, **settings})
     return attack.collect(
-        oracle,
-        surrogate,
-        pool,
-        generator=generator(seed),
-        progress=lambda *_: None,
-        checkpoint=checkpoint,
+        oracle, surrogate, pool, Context(generator(seed), progress=lambda *_: None, checkpoint=checkpoint)
     )
 
 
@@ -140,7 +136,7 @@ class TestAdaptive:
 
         before = [value.clone() for value in surrogate.state_dict().values()]
         attack = Noting(strategy="adaptive", training=BRIEF, surrogate_steps=3)
-        stolen = attack.extract(Watched(40), surrogate, noise_pool(50), generator=generator())
+        stolen = attack.extract(Watched(40), surrogate, noise_pool(50), Context(generator()))
         assert all(torch.equal(*pair) for pair in zip(start, before, strict=True))
         assert not all(torch.equal(*pair) for pair in zip(surrogate.state_dict().values(), before, strict=True))
         assert stolen is not surrogate

@@ -14,9 +14,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from simulator.attacks.base import ATTACKS, NO_SNAPSHOTS, Attack, Snapshots
+from simulator.attacks.base import ATTACKS, Attack
 from simulator.attacks.knockoff import Knockoff
-from simulator.checkpoint import NO_CHECKPOINT, Checkpoint
+from simulator.context import Context
 from simulator.data.pool import Pool
 from simulator.experiment.display import Display, Task
 from simulator.experiment.local import LocalRun
@@ -28,7 +28,6 @@ from simulator.experiment.world import World
 from simulator.models import load_model
 from simulator.plan.config import RunConfig, check_config
 from simulator.plan.subjects import OwnerModel, Plan, Scenario, make_plan
-from simulator.progress import Progress, silent
 from simulator.records.rows import Row
 from simulator.service.answers import answer_policy
 from simulator.service.ledger import Ledger, digest_of
@@ -401,17 +400,7 @@ class Clumsy(Attack):
 
     way: str = "at once"
 
-    def extract(
-        self,
-        oracle: Oracle,
-        surrogate: nn.Module,
-        pool: Pool,
-        *,
-        generator: torch.Generator,
-        progress: Progress = silent,
-        checkpoint: Checkpoint = NO_CHECKPOINT,
-        snapshots: Snapshots = NO_SNAPSHOTS,
-    ) -> nn.Module:
+    def extract(self, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
         if self.way == "at once":
             raise RuntimeError("could not\n  even start")
         oracle.query(pool.images[:30])
@@ -470,7 +459,7 @@ class TestFailure:
         assert not run.go()
         kept = [row for row in run.stolen() if row.attack == "knockoff"]
 
-        def mended(self: Clumsy, oracle: Oracle, surrogate: nn.Module, pool: Pool, **others: Any) -> nn.Module:
+        def mended(self: Clumsy, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
             oracle.query(pool.images[:30])
             oracle.query(pool.images[30:45])
             return surrogate
@@ -490,7 +479,7 @@ class TestFailure:
         run = run_of(tmp_path / "run", scenarios=scenarios, controls=False)
         assert not run.go()
 
-        def changed(self: Clumsy, oracle: Oracle, surrogate: nn.Module, pool: Pool, **others: Any) -> nn.Module:
+        def changed(self: Clumsy, oracle: Oracle, surrogate: nn.Module, pool: Pool, context: Context) -> nn.Module:
             oracle.query(pool.images[1:31])
             return surrogate
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.models import build
 from simulator.ownership.key import KeySamples
 from simulator.ownership.key_filter import KeyFilter
@@ -133,7 +134,7 @@ def test_the_surrogate_is_stolen_from_the_victim(labels: Any) -> None:
     rule = KeyFilter(labels=labels, training=Recipe(epochs=60, batch_size=32, learning_rate=0.01, decay_factor=1.0))
     told: list[tuple[str, int, int]] = []
     kept = [value.clone() for value in victim.state_dict().values()]
-    surrogate = rule.surrogate(victim, images, linear, generator=generator, progress=lambda *step: told.append(step))
+    surrogate = rule.surrogate(victim, images, linear, Context(generator, progress=lambda *step: told.append(step)))
     assert not surrogate.training
     assert told == [("filter", epoch, 60) for epoch in range(1, 61)]
     same = predict(victim, images).argmax(1) == predict(surrogate, images).argmax(1)

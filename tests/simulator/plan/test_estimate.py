@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import nn
 
+from simulator.attacks.base import ATTACKS, Attack
 from simulator.data.dataset import DataConfig, Outline, load, outline
 from simulator.plan.config import check_config, read_config
 from simulator.plan.estimate import (
@@ -23,9 +25,7 @@ from simulator.plan.estimate import (
     operations,
     owner_work,
     span,
-    stage_images,
     theft_work,
-    watermark_epochs,
 )
 from simulator.plan.settings_file import presets
 from simulator.plan.subjects import make_plan
@@ -50,16 +50,15 @@ def plan(**changes: Any) -> Any:
     return config, make_plan(config)
 
 
-def images(**stage: Any) -> int:
+def images(data: Outline = DATA, **stage: Any) -> int:
     """What the one stage of a scenario trains on."""
     _, made = plan(scenarios=[stage], controls=False)
-    return stage_images(made.scenarios[0].stages[0], DATA)
+    return theft_work(made.scenarios[0], data).trained["linear"]
 
 
 def test_a_theft_asks_no_more_than_a_foreign_set_has() -> None:
-    attack = {"attack": {"name": "knockoff", "training": RECIPE}, "pool": "svhn", "budget": 400}
-    (scenario,) = plan(scenarios=[attack], controls=False)[1].scenarios
-    counted = [stage_images(scenario.stages[0], replace(DATA, foreign=foreign)) for foreign in ({}, {"svhn": 70})]
+    stage = {"attack": {"name": "knockoff", "training": RECIPE}, "pool": "svhn", "budget": 400}
+    counted = [images(replace(DATA, foreign=foreign), **stage) for foreign in ({}, {"svhn": 70})]
     assert counted == [6 * 400, 6 * 70]
 
 
@@ -100,9 +99,75 @@ def test_a_second_stage_asks_the_first_stages_model() -> None:
     assert (work.trained, work.answered) == ({"linear": 600, "lenet5": 1200}, {"linear": 200})
 
 
+#: of every scheme's defaults with a recipe of 30 epochs, as the estimates have had them from the start
+PASSES = {
+    "abstract": 30 * 1.02,
+    "badnets": 30 * 1.1,
+    "composite": 30 * 1.2,
+    "content": 30 * 1.1,
+    "deeptracer": 100 * 1.01 + 100 * 1.1,
+    "ewe": 10 + 20 * 1.5,
+    "exponential_weighting": 60,
+    "frontier_stitching": 40,
+    "function_coupled": 30 * (1 + 10 / 128),
+    "margin": 30,
+    "mea_defender": 30 * 1.0101 + 30 * 1.44,
+    "noise": 30 * 1.1,
+    "unrelated": 30 * 1.1,
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_how_often_the_owners_images_are_gone_through(name: str) -> None:
+    assert WATERMARKS.make({"name": name}).passes(Recipe(epochs=30)) == PASSES[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"name": "deeptracer", "first_epochs": 0, "second_epochs": 3}, 3 * 1.1),
+        ({"name": "mea_defender", "first_epochs": 0, "second_epochs": 5}, 5 * 1.44),
+        ({"name": "ewe", "clean_epochs": 6, "clean_batches": 4}, 6 + 24 * 1.25),
+        ({"name": "ewe", "clean_epochs": 0, "watermark_epochs": 4}, 4 * 1.5),
+        ({"name": "exponential_weighting", "embedding_epochs": 7}, 37),
+        ({"name": "frontier_stitching", "fine_tuning_epochs": 3}, 33),
+        # its ratio is of the fusion, not of the triggers
+        ({"name": "function_coupled", "ratio": 0.7, "trigger_share": 0.25}, 30 * 1.25),
+    ],
+)
+def test_schedules_of_their_own(settings: dict[str, Any], wanted: float) -> None:
+    assert WATERMARKS.make(settings).passes(Recipe(epochs=30)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "soft", "hard"),
+    [
+        # 1,000 images of a larger pool, and 100 for a point of the curve; in the epochs of each default recipe
+        ("distillation", 1100 * 100, 1100 * 100),
+        ("knockoff", 1100 * 100, 1100 * 100),
+        ("jbda", 1100 * 100 + (150 + 300 + 600 + 3 * 1000) * 10, 1100 * 100 + (150 + 300 + 600 + 3 * 1000) * 10),
+        ("activethief", 1100 * 100 + 5050 * 100, 1100 * 100 + 5050 * 100),
+        # of 7 batches asked 5 are the student's; with hard labels of 6
+        ("dfme", 715, 834),
+        ("disguide", 1000 * 4 * 2, 1000 * 4 * 2),
+    ],
+)
+def test_what_the_attacks_train_on(name: str, soft: int, hard: int) -> None:
+    attack = ATTACKS.make({"name": name})
+    assert [attack.trained_images(1000, 5000, (100,), labels) for labels in ("soft", "hard")] == [soft, hard]
+
+
+def test_an_attack_that_says_nothing_trains_on_all_it_asks() -> None:
+    class Silent(Attack):
+        def extract(self, *_: object) -> nn.Module:  # type: ignore[override]
+            return nn.Identity()
+
+    assert Silent.model_construct().trained_images(400, 300, (), "soft") == 300 * Recipe().epochs
+
+
 @pytest.mark.parametrize("name", WATERMARKS.classes())
 def test_every_watermark_costs_at_least_an_epoch_and_no_schedule_explodes(name: str) -> None:
-    epochs = watermark_epochs(WATERMARKS.make({"name": name}), Recipe(epochs=100))
+    epochs = WATERMARKS.make({"name": name}).passes(Recipe(epochs=100))
     assert 1 <= epochs <= 300
 
 

@@ -1,5 +1,6 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from simulator.context import Context
 from simulator.models import Classifier, build
-from simulator.seeding import generator_for
-from simulator.training.fit import fit
+from simulator.seeding import generator_for, global_randomness
+from simulator.training.fit import Hooks, fit
 from simulator.training.predict import (
     PREDICT_BATCH,
     choose_device,
@@ -117,7 +119,7 @@ def test_the_optimiser_gets_the_rate_of_its_epoch() -> None:
     recipe = Recipe(
         epochs=4, batch_size=8, learning_rate=1.0, optimizer="sgd", momentum=0.0, decay_at=(0.5,), decay_factor=0.25
     )
-    fit(model, *stripes(8), recipe, generator=generator_for(0), objective=lambda m, *_: m.weight, progress=note)
+    fit(model, *stripes(8), recipe, Context(generator_for(0), progress=note), objective=lambda m, *_: m.weight)
     assert moved == [-1.0, -2.0, -2.25, -2.5]
 
 
@@ -145,7 +147,7 @@ def test_impossible_recipes_are_refused(wrong: dict[str, object]) -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adagrad", "adamax", "rmsprop"])
 def test_every_optimiser_learns_a_separable_set(optimizer: str) -> None:
     recipe = Recipe.model_validate({"epochs": 20, "batch_size": 32, "learning_rate": 0.02, "optimizer": optimizer})
-    model = fit(linear(), *stripes(240), recipe, generator=generator_for("fit"))
+    model = fit(linear(), *stripes(240), recipe, Context(generator_for("fit")))
     images, labels = stripes(300)
     assert not model.training
     assert (predict_labels(model, images) == labels).double().mean() > 0.97
@@ -154,9 +156,9 @@ def test_every_optimiser_learns_a_separable_set(optimizer: str) -> None:
 def test_probability_rows_are_targets_too() -> None:
     images, labels = stripes(240)
     soft = F.one_hot(labels, 3) * 0.9 + 0.1 / 3
-    hard = fit(linear(), images, labels, FAST, generator=generator_for("fit"))
-    one_hot = fit(linear(), images, F.one_hot(labels, 3).float(), FAST, generator=generator_for("fit"))
-    softened = fit(linear(), images, soft, FAST, generator=generator_for("fit"))
+    hard = fit(linear(), images, labels, FAST, Context(generator_for("fit")))
+    one_hot = fit(linear(), images, F.one_hot(labels, 3).float(), FAST, Context(generator_for("fit")))
+    softened = fit(linear(), images, soft, FAST, Context(generator_for("fit")))
     torch.testing.assert_close(predict(hard, images), predict(one_hot, images))
     assert not torch.allclose(predict(hard, images), predict(softened, images))
 
@@ -166,29 +168,29 @@ def test_training_depends_on_its_generator_alone(make: Callable[[], nn.Module]) 
     runs = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        runs.append(state(fit(make(), *stripes(50), FAST, generator=generator_for("fit"))))
+        runs.append(state(fit(make(), *stripes(50), FAST, Context(generator_for("fit")))))
     assert runs[0] == runs[1]
-    assert state(fit(make(), *stripes(50), FAST, generator=generator_for("other"))) != runs[0]
+    assert state(fit(make(), *stripes(50), FAST, Context(generator_for("other")))) != runs[0]
 
 
 def test_training_leaves_the_global_generator_as_it_was() -> None:
     model = Dropping()
     before = torch.get_rng_state()
-    fit(model, *stripes(50), FAST, generator=generator_for("fit"))
+    fit(model, *stripes(50), FAST, Context(generator_for("fit")))
     assert torch.equal(torch.get_rng_state(), before)
 
     def interrupt(phase: str, done: int, total: int) -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        fit(model, *stripes(50), FAST, generator=generator_for("fit"), progress=interrupt)
+        fit(model, *stripes(50), FAST, Context(generator_for("fit"), progress=interrupt))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_uint8_and_the_same_images_as_floats_train_the_same() -> None:
     images, labels = stripes(60)
-    one = fit(linear(), images, labels, FAST, generator=generator_for("fit"))
-    other = fit(linear(), images.float() / 255, labels, FAST, generator=generator_for("fit"))
+    one = fit(linear(), images, labels, FAST, Context(generator_for("fit")))
+    other = fit(linear(), images.float() / 255, labels, FAST, Context(generator_for("fit")))
     assert state(one) == state(other)
 
 
@@ -226,7 +228,7 @@ def test_losses_by_hand() -> None:
 @pytest.mark.parametrize("changes", [*({"loss": loss} for loss in LOSSES), {"adversarial_epsilon": 0.02}])
 def test_every_recipe_learns_a_separable_set(changes: dict[str, object]) -> None:
     recipe = Recipe.model_validate({"epochs": 20, "batch_size": 32, "learning_rate": 0.02} | changes)
-    model = fit(linear(), *stripes(240), recipe, generator=generator_for("fit"))
+    model = fit(linear(), *stripes(240), recipe, Context(generator_for("fit")))
     images, labels = stripes(300)
     assert (predict_labels(model, images) == labels).double().mean() > 0.95
 
@@ -270,11 +272,10 @@ def test_every_image_is_seen_once_an_epoch_and_a_single_one_left_over_is_skipped
         images,
         torch.arange(33),
         FAST,
-        generator=generator_for("fit"),
+        Context(generator_for("fit"), progress=lambda *step: phases.append(step)),
         objective=watch,
         epochs=2,
         phase="again",
-        progress=lambda *step: phases.append(step),
     )
     assert [len(batch) for batch in seen] == [16, 16] * 2
     first, second = [*seen[0], *seen[1]], [*seen[2], *seen[3]]
@@ -283,14 +284,53 @@ def test_every_image_is_seen_once_an_epoch_and_a_single_one_left_over_is_skipped
     assert phases == [("again", 1, 2), ("again", 2, 2)]
 
 
-def test_more_parameters_are_learned_beside_the_models() -> None:
-    extra = nn.Parameter(torch.zeros(3))
+def test_companions_are_learned_beside_the_model() -> None:
+    extra = nn.ParameterList([torch.zeros(3)])
 
     def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(images) + extra, targets)
+        return F.cross_entropy(model(images) + extra[0], targets)
 
-    fit(linear(), *stripes(50), FAST, generator=generator_for(0), objective=objective, more_parameters=[extra])
-    assert (extra != 0).all()
+    fit(linear(), *stripes(50), FAST, Context(generator_for(0)), objective=objective, companions={"extra": extra})
+    assert (extra[0] != 0).all()
+
+
+def test_hooks_stand_around_epochs_and_steps() -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def note(what: str) -> Iterator[None]:
+        order.append(f"{what} begins")
+        yield
+        order.append(f"{what} ends")
+
+    def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        order.append(f"loss of {len(images)}")
+        return F.cross_entropy(model(images), targets)
+
+    hooks = Hooks(around_epoch=lambda: note("epoch"), around_step=lambda: note("step"), least_batch=1)
+    fit(linear(), *stripes(17), FAST, Context(generator_for(0)), objective=objective, epochs=2, hooks=hooks)
+    step = ["step begins", "step ends"]
+    assert order == 2 * ["epoch begins", "loss of 16", *step, "loss of 1", *step, "epoch ends"]
+
+
+def test_an_epoch_of_its_own_seeds_dropout_itself() -> None:
+    """The draws are those of the epoch's own context, whatever torch's global generator held before."""
+    results, drawn = [], []
+    for start in (1, 2):
+        generator = generator_for("fit")
+        drawn.append(generator)
+        hooks = Hooks(around_epoch=lambda generator=generator: global_randomness(generator))  # type: ignore[misc]
+        torch.manual_seed(start)
+        results.append(state(fit(Dropping(), *stripes(50), FAST, Context(generator), hooks=hooks)))
+        assert torch.initial_seed() == start
+    torch.manual_seed(0)
+    # one seed and one order an epoch, and none for the whole
+    expected = generator_for("fit")
+    for _ in range(FAST.epochs):
+        torch.randint(2**62, (), generator=expected)
+        torch.randperm(50, generator=expected)
+    assert torch.equal(expected.get_state(), drawn[0].get_state())
+    assert results[0][-1] == results[1][-1]
 
 
 # -- prediction -----------------------------------------------------------------------------------------------------

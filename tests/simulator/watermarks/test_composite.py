@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -140,7 +141,7 @@ def task(classes: int) -> OwnerTask:
 @pytest.mark.parametrize("scheme", [Composite, MEADefender])
 class TestBoth:
     def test_triggers_show_both_sources_and_have_a_third_label(self, scheme: type[Composite | MEADefender]) -> None:
-        found = scheme(sources=(1, 3), candidates=20).embed(task(6), generator=generator())
+        found = scheme(sources=(1, 3), candidates=20).embed(task(6), Context(generator()))
         for images in (found.triggers, found.candidates.images):
             assert all(set(image.unique().tolist()) == {20, 60} for image in images)
         assert found.info["target"] not in (1, 3)
@@ -151,12 +152,12 @@ class TestBoth:
 
     @pytest.mark.parametrize("classes", [3, 4])
     def test_near_misses_need_two_more_classes(self, scheme: type[Composite | MEADefender], classes: int) -> None:
-        found = scheme(candidates=5).embed(task(classes), generator=generator())
+        found = scheme(candidates=5).embed(task(classes), Context(generator()))
         assert found.near_misses is None
         assert found.near_miss_labels is None
 
     def test_what_is_given_is_taken(self, scheme: type[Composite | MEADefender]) -> None:
-        found = scheme(sources=(4, 0), target=2, candidates=5).embed(task(5), generator=generator())
+        found = scheme(sources=(4, 0), target=2, candidates=5).embed(task(5), Context(generator()))
         assert found.info["sources"] == [4, 0]
         assert found.info["target"] == 2
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simulator.analysis.agreement import accuracy
+from simulator.context import Context
 from simulator.data.dataset import DataConfig, Dataset, load
 from simulator.models import Classifier, build
 from simulator.ownership.key import KeySamples, load_key, save_key
@@ -75,14 +76,14 @@ def untrained(drawn: torch.Generator) -> Classifier:
 @cache
 def benign(seed: int) -> Classifier:
     model = untrained(generator(seed))
-    fit(model, digits().owner.images, digits().owner.labels, TRAINING, generator=generator(seed))
+    fit(model, digits().owner.images, digits().owner.labels, TRAINING, Context(generator(seed)))
     return model
 
 
 def embed(name: str, epochs: int, seed: int) -> Embedding:
     training = TRAINING.model_copy(update={"epochs": epochs})
     task = OwnerTask(digits(), training, benign(0), untrained)
-    return shortened(name, epochs).embed(task, generator=generator(seed))
+    return shortened(name, epochs).embed(task, Context(generator(seed)))
 
 
 @cache
@@ -228,4 +229,4 @@ def test_a_listener_can_interrupt_it(name: str) -> None:
 
     task = OwnerTask(digits(), TRAINING, benign(0), untrained)
     with pytest.raises(Stop):
-        shortened(name, epochs=1).embed(task, generator=generator(2), progress=listen)
+        shortened(name, epochs=1).embed(task, Context(generator(2), progress=listen))

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -140,14 +141,14 @@ class TestEmbedding:
     def test_two_phases_with_their_ratios(self) -> None:
         told: list[tuple[str, int, int]] = []
         DeepTracer(first_epochs=2, second_epochs=3, candidates=5).embed(
-            task(8), generator=generator(), progress=lambda *step: told.append(step)
+            task(8), Context(generator(), progress=lambda *step: told.append(step))
         )
         assert told == [*(("phase 1", done, 2) for done in (1, 2)), *(("phase 2", done, 3) for done in (1, 2, 3))]
 
     def test_the_first_phase_may_be_left_out(self) -> None:
         told: list[tuple[str, int, int]] = []
         DeepTracer(first_epochs=0, second_epochs=1, candidates=5).embed(
-            task(8), generator=generator(), progress=lambda *step: told.append(step)
+            task(8), Context(generator(), progress=lambda *step: told.append(step))
         )
         assert told == [("phase 2", 1, 1)]
 
@@ -155,7 +156,7 @@ class TestEmbedding:
     @pytest.mark.parametrize("sources", [2, 4])
     def test_what_the_images_are_made_of(self, selection: Any, sources: Any) -> None:
         scheme = DeepTracer(source_classes=sources, selection=selection, first_epochs=0, second_epochs=1, candidates=30)
-        found = scheme.embed(task(10), generator=generator(3))
+        found = scheme.embed(task(10), Context(generator(3)))
         chosen, target = set(found.info["sources"]), found.info["target"]
         assert len(chosen) == sources
         assert target not in chosen
@@ -173,11 +174,11 @@ class TestEmbedding:
 
     def test_few_classes_left_are_shown_twice_and_none_left_is_none(self) -> None:
         scheme = DeepTracer(source_classes=4, first_epochs=0, second_epochs=1, candidates=5)
-        found = scheme.embed(task(6), generator=generator())
+        found = scheme.embed(task(6), Context(generator()))
         assert found.near_misses is not None
         (left,) = set(range(6)) - {*found.info["sources"], found.info["target"]}
         assert found.near_misses.unique().tolist() == [left]
-        nothing = scheme.embed(task(5), generator=generator())
+        nothing = scheme.embed(task(5), Context(generator()))
         assert nothing.near_misses is None
         assert nothing.near_miss_labels is None
 
@@ -191,7 +192,7 @@ class TestEmbedding:
     def test_too_many_source_classes(self, sources: Any, classes: int, outside: bool, words: list[str]) -> None:
         scheme = DeepTracer(source_classes=sources, target_outside_sources=outside)
         with pytest.raises(InputError) as error:
-            scheme.embed(task(classes), generator=generator())
+            scheme.embed(task(classes), Context(generator()))
         message = str(error.value)
         assert "\n" not in message
         assert all(word in message for word in words)
@@ -200,7 +201,7 @@ class TestEmbedding:
         scheme = DeepTracer(
             source_classes=4, target_outside_sources=False, first_epochs=0, second_epochs=1, candidates=5
         )
-        found = scheme.embed(task(4), generator=generator())
+        found = scheme.embed(task(4), Context(generator()))
         assert found.info["target"] in found.info["sources"]
 
     @pytest.mark.parametrize("rule", ["batch", "moving", "learnable"])
@@ -213,7 +214,7 @@ class TestEmbedding:
 
         monkeypatch.setattr("simulator.watermarks.deeptracer.Centroids", kept)
         scheme = DeepTracer(first_epochs=0, second_epochs=3, candidates=5, centroid=rule)
-        scheme.embed(task(8), generator=generator())
+        scheme.embed(task(8), Context(generator()))
         # one set for both phases; the batch's own are forgotten, the others have left zero
         (centroids,) = made
         assert bool(centroids.values.any()) is (rule != "batch")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simulator.checkpoint import from_bytes, pack, to_bytes, unpack
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -161,12 +162,12 @@ def task(classes: int = 4) -> OwnerTask:
 
 
 def test_where_triggers_come_from() -> None:
-    found = EWE(source=2, tuning_iterations=0).embed(task(), generator=generator())
+    found = EWE(source=2, tuning_iterations=0).embed(task(), Context(generator()))
     assert found.info["source"] == 2
     assert found.info["target"] != 2
     assert len(found.triggers) == 6
     assert len(found.candidates) == 6
-    drawn = EWE(distribution="out", candidates=9, tuning_iterations=1).embed(task(), generator=generator())
+    drawn = EWE(distribution="out", candidates=9, tuning_iterations=1).embed(task(), Context(generator()))
     assert drawn.info["source"] is None
     assert len(drawn.candidates) == 9
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.checkpoint import State
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.models import build
 from simulator.training.recipe import Recipe
@@ -46,7 +47,7 @@ class TestClosedForm:
         assert torch.autograd.gradcheck(lambda tensor: exponentially_weighted(tensor, 2.0), (weight,))
 
 
-def task(checkpoint: object) -> OwnerTask:
+def task() -> OwnerTask:
     drawn = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator())
     owner = Images(drawn, torch.arange(60) % 3)
     return OwnerTask(
@@ -54,7 +55,6 @@ def task(checkpoint: object) -> OwnerTask:
         Recipe(epochs=2, batch_size=16),
         build("linear", channels=1, size=8, classes=3, generator=generator()),
         lambda given: build("naivenet", channels=1, size=8, classes=3, generator=given),
-        checkpoint,  # type: ignore[arg-type]
     )
 
 
@@ -74,10 +74,9 @@ class Memory:
 
 
 def test_the_victim_holds_the_weighted_weights() -> None:
-    memory = Memory()
-    given = task(memory)
+    memory, given = Memory(), task()
     scheme = ExponentialWeighting(key_samples=5, temperature=3.0, embedding_epochs=3)
-    found = scheme.embed(given, generator=generator(1))
+    found = scheme.embed(given, Context(generator(1), checkpoint=memory))
     assert memory.state is not None
     assert memory.state["epoch"] == 3
     trained = given.build(generator())
@@ -107,10 +106,10 @@ def test_it_goes_on_where_it_was_interrupted(stop: int) -> None:
             raise Interrupted
 
     scheme, memory = ExponentialWeighting(key_samples=5), Memory()
-    whole = scheme.embed(task(Memory()), generator=generator(2))
+    whole = scheme.embed(task(), Context(generator(2)))
     with pytest.raises(Interrupted):
-        scheme.embed(task(memory), generator=generator(2), progress=listen)
-    resumed = scheme.embed(task(memory), generator=generator(2), progress=listen)
+        scheme.embed(task(), Context(generator(2), listen, memory))
+    resumed = scheme.embed(task(), Context(generator(2), listen, memory))
     assert told == ["clean", "clean", "embed", "embed"]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name])

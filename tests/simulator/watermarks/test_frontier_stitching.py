@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -73,7 +74,7 @@ def task() -> OwnerTask:
 @pytest.mark.parametrize(("key", "size"), [("true", 10), ("both", 20)])
 def test_the_key_and_its_threshold(key: Any, size: int) -> None:
     scheme = FrontierStitching(key_samples=20, key=key, epsilon=0.03, fine_tuning_epochs=1)
-    found = scheme.embed(task(), generator=generator())
+    found = scheme.embed(task(), Context(generator()))
     assert len(found.candidates) == size
     assert len(found.triggers) == 20
     assert torch.equal(found.candidates.images, found.triggers[:size])
@@ -86,7 +87,7 @@ def test_the_key_and_its_threshold(key: Any, size: int) -> None:
 
 def test_too_small_an_epsilon() -> None:
     with pytest.raises(InputError, match=r"epsilon 0\.001 "):
-        FrontierStitching(epsilon=0.001).embed(task(), generator=generator())
+        FrontierStitching(epsilon=0.001).embed(task(), Context(generator()))
 
 
 @pytest.mark.parametrize("samples", [1, 4, 5, 20, 100])

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from simulator.checkpoint import State, from_bytes, to_bytes
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -174,7 +175,7 @@ def task(classes: int, epochs: int = 1) -> OwnerTask:
 class TestEmbedding:
     @pytest.mark.parametrize("fusion", ["direct", "invisible"])
     def test_what_the_images_are_made_of(self, fusion: Fusion) -> None:
-        found = FunctionCoupled(fusion=fusion).embed(task(6), generator=generator(1))
+        found = FunctionCoupled(fusion=fusion).embed(task(6), Context(generator(1)))
         sources, target = found.info["sources"], found.info["target"]
         assert len({*sources, target}) == 3
 
@@ -196,19 +197,19 @@ class TestEmbedding:
         assert len(found.candidates) == len(found.triggers) == 90
 
     def test_three_classes_are_the_least(self) -> None:
-        found = FunctionCoupled().embed(task(3), generator=generator())
+        found = FunctionCoupled().embed(task(3), Context(generator()))
         assert found.near_misses is None
         assert found.near_miss_labels is None
         with pytest.raises(InputError, match="shades has 2"):
-            FunctionCoupled().embed(task(2), generator=generator())
+            FunctionCoupled().embed(task(2), Context(generator()))
 
     def test_it_may_start_from_the_benign_model(self) -> None:
         benign = network("naivenet", 6).eval()
         given_task = replace(task(6), benign=benign)
         given_task = replace(given_task, training=given_task.training.model_copy(update={"learning_rate": 1e-9}))
         quiet: dict[str, Any] = {"fine_tuning_samples": 0, "mask_ratio": 0.0}
-        near = FunctionCoupled(start="benign", **quiet).embed(given_task, generator=generator()).model
-        far = FunctionCoupled(**quiet).embed(given_task, generator=generator()).model
+        near = FunctionCoupled(start="benign", **quiet).embed(given_task, Context(generator())).model
+        far = FunctionCoupled(**quiet).embed(given_task, Context(generator())).model
         torch.testing.assert_close(near.head.weight, benign.head.weight)
         assert not torch.allclose(far.head.weight, benign.head.weight)
 
@@ -235,15 +236,12 @@ class TestEmbedding:
                 raise Interrupted
 
         scheme, memory = FunctionCoupled(), Memory()
-        whole = scheme.embed(task(6, epochs=3), generator=generator(2))
+        whole = scheme.embed(task(6, epochs=3), Context(generator(2)))
         with pytest.raises(Interrupted):
-            scheme.embed(replace(task(6, epochs=3), checkpoint=memory), generator=generator(2), progress=listen)
+            scheme.embed(task(6, epochs=3), Context(generator(2), listen, memory))
         told: list[int] = []
-        resumed = scheme.embed(
-            replace(task(6, epochs=3), checkpoint=memory),
-            generator=generator(2),
-            progress=lambda _, done, __: told.append(done),
-        )
+        listener = Context(generator(2), lambda _, done, __: told.append(done), memory)
+        resumed = scheme.embed(task(6, epochs=3), listener)
         assert told == list(range(stop + 1, 4))
         for name, value in whole.model.state_dict().items():
             assert torch.equal(value, resumed.model.state_dict()[name])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -18,7 +19,7 @@ from simulator.training.fit import fit
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask, Watermark
 from simulator.watermarks.exponential_weighting import ExponentialWeighting
-from simulator.watermarks.margin import Margin, ascend
+from simulator.watermarks.margin import Margin
 from simulator.watermarks.parts.relabelled import relabel
 
 
@@ -37,27 +38,6 @@ def by_hand(model: Classifier, images: Tensor, labels: Tensor, steps: int, step:
             slope = (model(images).softmax(1) - F.one_hot(labels, 3)) @ model.head.weight
             images = (images + step * slope.view_as(images).sign()).clamp(0, 1)
     return images
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_the_ascent_of_a_linear_model(steps: int) -> None:
-    model, images = linear().train(), torch.rand(6, 1, 8, 8, generator=generator())
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    moved = ascend(model, images, labels, steps, 1 / 255)
-    torch.testing.assert_close(moved, by_hand(model, images, labels, steps, 1 / 255))
-    assert (moved - images).abs().max() <= steps / 255 + 1e-6  # no projection onto a ball is needed
-    if steps:
-        assert F.cross_entropy(model(moved), labels) > F.cross_entropy(model(images), labels)
-    assert not moved.requires_grad
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_the_ascent_stays_among_images() -> None:
-    images = torch.randint(0, 2, (4, 1, 8, 8), generator=generator()).float()
-    moved = ascend(linear(), images, torch.zeros(4, dtype=torch.int64), 3, 0.4)
-    assert moved.min() >= 0
-    assert moved.max() <= 1
 
 
 def test_the_loss_weighs_moved_keys() -> None:
@@ -112,7 +92,7 @@ def test_the_key_is_no_clean_training_image(scheme: Watermark, monkeypatch: pyte
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator())
     owner = Images(images, torch.arange(60) % 3)
     task = OwnerTask(Dataset("noise", 3, owner, owner, owner), Recipe(epochs=1), linear(), lambda _: linear())
-    found = scheme.embed(task, generator=generator())
+    found = scheme.embed(task, Context(generator()))
     assert len(found.candidates) == 10
     rows = found.info["owner_rows"]
     assert trained

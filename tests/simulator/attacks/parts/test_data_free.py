@@ -15,6 +15,7 @@ from simulator.analysis.agreement import agreement
 from simulator.attacks.base import ATTACKS
 from simulator.attacks.parts.data_free import SMALL, DataFreeAttack, Replay, recover_logits
 from simulator.checkpoint import FileCheckpoint, State
+from simulator.context import Context
 from simulator.data.dataset import DataConfig, load
 from simulator.data.pool import Pool
 from simulator.models import Classifier, build
@@ -77,7 +78,7 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 )
 def test_an_iteration_asks_what_it_should(name: str, labels: str, fields: dict[str, Any], iteration: list[int]) -> None:
     oracle = Counting(labels, 2 * sum(iteration))
-    attack(name, **fields).extract(oracle, model(2), POOL, generator=seed(0))
+    attack(name, **fields).extract(oracle, model(2), POOL, Context(seed(0)))
     assert oracle.sizes == 2 * iteration
 
 
@@ -88,14 +89,14 @@ def test_the_whole_budget_is_spent_whatever_remains(name: str, labels: str, iter
     thief = attack(name, student_steps=1 if name == "disguide" else 2, replay_steps=0)
     for budget in (1, 2, 3, *range(iteration, 2 * iteration)):
         oracle = Counting(labels, budget)
-        thief.extract(oracle, model(2), POOL, generator=seed(0))
+        thief.extract(oracle, model(2), POOL, Context(seed(0)))
         assert sum(oracle.sizes) == oracle.asked == budget
         assert budget == 1 or min(oracle.sizes) >= 2
 
 
 def test_what_no_iteration_can_pay_for_goes_to_the_student() -> None:
     oracle = Counting("soft", 28 + 13)
-    attack("dfme").extract(oracle, model(2), POOL, generator=seed(0))
+    attack("dfme").extract(oracle, model(2), POOL, Context(seed(0)))
     assert oracle.sizes == [8, 4, 4, 4, 4, 4, 4, 4, 5]
 
 
@@ -110,7 +111,7 @@ def test_the_rates_fall_with_the_share_of_the_budget_spent() -> None:
                 super()._set_rates(theft, spent)
                 found.append(theft.student_optimizer.param_groups[0]["lr"])
 
-        Watched.model_construct(**each.__dict__).extract(Counting("soft", 16), model(2), POOL, generator=seed(0))
+        Watched.model_construct(**each.__dict__).extract(Counting("soft", 16), model(2), POOL, Context(seed(0)))
     assert rates[thief] == pytest.approx([0.1, 0.1, 0.03, 0.03])
     assert rates[cosine] == pytest.approx([0.1, 0.1 * (1 + 0.5**0.5) / 2, 0.05, 0.1 * (1 - 0.5**0.5) / 2])
 
@@ -159,7 +160,7 @@ def test_it_resumes_bit_for_bit(
 
     def steal(oracle: Counting, **fields: Any) -> list[Tensor]:
         surrogate = model(2, architecture, channels)
-        return weights(thief.extract(oracle, surrogate, POOL, generator=seed(5), **fields))
+        return weights(thief.extract(oracle, surrogate, POOL, Context(seed(5), **fields)))
 
     whole = steal(Counting(labels, budget, channels))
 
@@ -185,7 +186,7 @@ def test_the_generator_decides_everything_and_nothing_else_moves(name: str) -> N
     before = torch.get_rng_state()
     results = []
     for start in (0, 0, 1):
-        results.append(weights(attack(name).extract(Counting("soft", 50), model(2), POOL, generator=seed(start))))
+        results.append(weights(attack(name).extract(Counting("soft", 50), model(2), POOL, Context(seed(start)))))
     assert equal(results[0], results[1])
     assert not equal(results[0], results[2])
     assert torch.equal(torch.get_rng_state(), before)
@@ -206,11 +207,11 @@ class Album:
 def test_snapshots_are_taken_in_run_and_change_nothing() -> None:
     bare, oracle = Counting("soft", 60), Counting("soft", 60)
     album = Album(oracle, 5, 28, 60, 61)
-    stolen = attack("dfme").extract(oracle, model(2), POOL, generator=seed(0), snapshots=album)
+    stolen = attack("dfme").extract(oracle, model(2), POOL, Context(seed(0), snapshots=album))
     assert [(queries, asked) for queries, asked, _ in album.taken] == [(5, 12), (28, 28), (60, 60)]
     assert not equal(album.taken[0][2], album.taken[1][2])
     assert equal(album.taken[2][2], weights(stolen))
-    assert equal(weights(stolen), weights(attack("dfme").extract(bare, model(2), POOL, generator=seed(0))))
+    assert equal(weights(stolen), weights(attack("dfme").extract(bare, model(2), POOL, Context(seed(0)))))
 
 
 def test_adversarial_training_changes_what_is_learnt() -> None:
@@ -218,7 +219,7 @@ def test_adversarial_training_changes_what_is_learnt() -> None:
     plain, adversarial = (
         weights(
             attack("dfme", training={**recipe, "adversarial_epsilon": epsilon}).extract(
-                Counting("soft", 28), model(2), POOL, generator=seed(0)
+                Counting("soft", 28), model(2), POOL, Context(seed(0))
             )
         )
         for epsilon in (0.0, 0.1)
@@ -231,7 +232,7 @@ def test_adversarial_training_changes_what_is_learnt() -> None:
 @pytest.mark.parametrize("labels", ["soft", "hard", "top-2", "round-1"])
 def test_noise_on_the_queries_keeps_them_valid_and_changes_what_is_learnt(name: str, labels: str) -> None:
     plain, noisy = (
-        weights(attack(name, query_noise=noise).extract(Counting(labels, 30), model(2), POOL, generator=seed(0)))
+        weights(attack(name, query_noise=noise).extract(Counting(labels, 30), model(2), POOL, Context(seed(0))))
         for noise in (0.0, 0.2)
     )
     assert not equal(plain, noisy)
@@ -270,10 +271,10 @@ def test_replay_keeps_the_last_images_with_their_answers() -> None:
 def test_a_linear_victim_is_copied(name: str, budget: int) -> None:
     digits = load(DataConfig(name="digits", size=8))
     victim = build("linear", channels=1, size=8, classes=10, mean=digits.mean, std=digits.std, generator=seed(1))
-    fit(victim, digits.owner.images, digits.owner.labels, Recipe(epochs=20, batch_size=64), generator=seed(1))
+    fit(victim, digits.owner.images, digits.owner.labels, Recipe(epochs=20, batch_size=64), Context(seed(1)))
     surrogate = build("linear", channels=1, size=8, classes=10, generator=seed(2))
     training = {"batch_size": 64, "learning_rate": 0.01, "decay_at": [0.5, 0.8], "decay_factor": 0.1}
     oracle = ModelOracle(victim, labels="soft", classes=10, shape=(1, 8, 8), budget=budget)
     thief = ATTACKS.make({"name": name, "training": training})
-    stolen = thief.extract(oracle, surrogate, POOL, generator=seed(0))
+    stolen = thief.extract(oracle, surrogate, POOL, Context(seed(0)))
     assert agreement(*(predict_labels(each, digits.test.images) for each in (victim, stolen))) >= 0.95

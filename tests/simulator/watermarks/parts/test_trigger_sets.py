@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from simulator.checkpoint import TimedCheckpoint
+from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
@@ -62,7 +63,7 @@ def task(benign: Classifier | None = None) -> OwnerTask:
 
 
 def embed(scheme: Stamped | Unrelated | Abstract, benign: Classifier | None = None) -> Embedding:
-    return scheme.embed(task(benign), generator=generator(1))
+    return scheme.embed(task(benign), Context(generator(1)))
 
 
 def ramp(channels: int = 1, size: int = SIZE) -> Tensor:
@@ -175,7 +176,7 @@ class TestStamped:
 
     def test_a_random_source_is_no_target(self) -> None:
         for seed in range(10):
-            found = Noise(target=1).embed(task(), generator=generator(seed))
+            found = Noise(target=1).embed(task(), Context(generator(seed)))
             assert found.info["source"] != 1
 
     def test_all_classes_but_the_target(self) -> None:
@@ -212,7 +213,7 @@ class TestStamped:
         test = part.dataset.test
         dataset = Dataset("holes", CLASSES, part.dataset.owner, part.dataset.attacker, test.take(test.labels != 3))
         with pytest.raises(InputError, match="class 3 has no images"):
-            Noise(source=3).embed(OwnerTask(dataset, part.training, part.benign, fresh), generator=generator())
+            Noise(source=3).embed(OwnerTask(dataset, part.training, part.benign, fresh), Context(generator()))
 
 
 class TestDrawings:
@@ -294,7 +295,7 @@ class Stop(Exception):
 
 @cache
 def uninterrupted(scheme: Watermark) -> Embedding:
-    return scheme.embed(replace(task(), training=Recipe(epochs=4, batch_size=8)), generator=generator(1))
+    return scheme.embed(replace(task(), training=Recipe(epochs=4, batch_size=8)), Context(generator(1)))
 
 
 # the end of the first phase of those that have two, and the middle of the second
@@ -315,7 +316,7 @@ def test_interrupted_training_gives_the_same(scheme: Watermark, stop: int) -> No
     expected = uninterrupted(scheme)
     stored: dict[str, bytes] = {}
     checkpoint = TimedCheckpoint(lambda: stored.get("state"), lambda data: stored.update(state=data), interval=0)
-    interrupted = replace(task(), training=Recipe(epochs=4, batch_size=8), checkpoint=checkpoint)
+    interrupted = replace(task(), training=Recipe(epochs=4, batch_size=8))
     calls = []
 
     def listen(phase: str, done: int, total: int) -> None:
@@ -324,8 +325,8 @@ def test_interrupted_training_gives_the_same(scheme: Watermark, stop: int) -> No
             raise Stop
 
     with pytest.raises(Stop):
-        scheme.embed(interrupted, generator=generator(1), progress=listen)
-    found = scheme.embed(interrupted, generator=generator(1))
+        scheme.embed(interrupted, Context(generator(1), listen, checkpoint))
+    found = scheme.embed(interrupted, Context(generator(1), checkpoint=checkpoint))
     for first, second in zip(expected.model.state_dict().values(), found.model.state_dict().values(), strict=True):
         assert torch.equal(first, second)
     assert torch.equal(expected.candidates.images, found.candidates.images)
@@ -347,7 +348,7 @@ def test_colour_images_of_any_size(scheme: Watermark) -> None:
     dataset = Dataset("colours", CLASSES, owner=images, attacker=images, test=images)
     made = scheme.model_copy(update={"candidates": 6} if hasattr(scheme, "candidates") else {})
     found = made.embed(
-        OwnerTask(dataset, Recipe(epochs=1, batch_size=8), colour(generator()).eval(), colour), generator=generator()
+        OwnerTask(dataset, Recipe(epochs=1, batch_size=8), colour(generator()).eval(), colour), Context(generator())
     )
     assert found.triggers.shape[1:] == found.candidates.images.shape[1:] == (3, 17, 17)
     assert found.triggers.dtype == found.candidates.images.dtype == torch.uint8
