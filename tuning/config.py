@@ -99,6 +99,10 @@ class SweepConfig(Settings):
                 f"base: a sweep needs one watermark and a scenario or more, found {len(self.base.watermarks)} and "
                 f"{len(self.base.scenarios)}"
             )
+        if not self.base.watermarks[0].marks:
+            raise InputError("base: a sweep judges a watermark by its WSR, and an unmarked model has none")
+        if any(entry.then for entry in (*self.base.scenarios, *self.holdout.scenarios)):
+            raise InputError("base: 'then': a sweep measures copies as they were stolen; leave it out")
         for name, seeds in (("seeds", self.seeds), ("holdout.seeds", self.holdout.seeds)):
             if not seeds or len(set(seeds)) < len(seeds):
                 raise InputError(f"{name}: {list(seeds)} must be at least one, all different")

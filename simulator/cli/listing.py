@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.table import Table
 
 from simulator.cli import terminal
@@ -24,12 +26,13 @@ def show_list(what: str) -> int:
     from simulator.models import describe_models
     from simulator.ownership.base import OWNERSHIP
     from simulator.plan.settings_file import presets
+    from simulator.removals.base import REMOVALS
     from simulator.watermarks.base import WATERMARKS
 
     families: dict[str, Callable[[], list[tuple[str, str]]]] = {
         "attacks": lambda: _components(ATTACKS),
         "watermarks": lambda: _components(WATERMARKS),
-        "removals": lambda: [("none", "there are no removal attacks yet")],
+        "removals": lambda: _components(REMOVALS),
         "detectors": lambda: _components(DETECTORS),
         "ownership_tests": lambda: _components(OWNERSHIP),
         "models": describe_models,
@@ -54,10 +57,16 @@ def _components(registry: Any) -> list[tuple[str, str]]:
     entries = []
     for name, cls in registry.classes().items():
         about = (cls.__doc__ or "no description").strip().splitlines()[0]
-        fields = ", ".join(f"{key}={_brief(value)}" for key, value in cls().params().items())
-        entries.append((name, f"{about} ({cls.paper})\n{fields}"))
+        fields = ", ".join(f"{key}={_brief(field)}" for key, field in cls.model_fields.items() if key != "name")
+        entries.append((name, "\n".join(filter(None, (about + (f" ({cls.paper})" if cls.paper else ""), fields)))))
     return entries
 
 
-def _brief(value: object) -> str:
-    return "{...}" if isinstance(value, dict) else str(value)
+def _brief(field: FieldInfo) -> str:
+    """A setting's default as YAML would say it."""
+    if field.is_required():
+        return "(required)"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "{...}"
+    return str(list(value) if isinstance(value, tuple) else value)

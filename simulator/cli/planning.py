@@ -50,7 +50,8 @@ def _table(config: RunConfig, plan: Plan) -> Table:
     from simulator.component import BENIGN
     from simulator.plan.subjects import Marked
 
-    table = Table(title=f"{config.name}: {len(plan.scenarios)} scenarios", title_justify="left")
+    removals = f", {len(plan.removals)} removals" if plan.removals else ""
+    table = Table(title=f"{config.name}: {len(plan.scenarios)} scenarios{removals}", title_justify="left")
     for name in ("scenario", "attack", "labels", "pool", "architecture", "from", "seed"):
         table.add_column(name, overflow="fold")
     table.add_column("budget", justify="right")
@@ -65,6 +66,17 @@ def _table(config: RunConfig, plan: Plan) -> Table:
             scenario.victim.watermark.name if isinstance(scenario.victim, Marked) else BENIGN,
             str(scenario.seed),
             f"{scenario.budget:,}",
+        )
+    for removed in plan.removals:
+        table.add_row(
+            removed.id,
+            f"then {removed.removal.name} of {removed.target.id}",
+            "",
+            removed.pool.label if removed.pool else "none",
+            removed.architecture,
+            removed.owner.watermark.name if isinstance(removed.owner, Marked) else BENIGN,
+            str(removed.seed),
+            "",
         )
     return table
 

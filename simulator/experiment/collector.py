@@ -124,7 +124,7 @@ class Collector:
         self._labels.pop(spec.id, None)  # it may have been trained again
         unmarked = self._owner_row(spec.benign, spec, benign)
         marked = self._owner_row(spec, spec, owner)
-        warnings = self._warnings(marked, unmarked, self._key(spec))
+        warnings = self._warnings(marked, unmarked, self._key(spec) if spec.watermark.marks else None)
         marked = marked.model_copy(
             update={
                 "false_trigger": owner.false_trigger,
@@ -221,7 +221,10 @@ class Collector:
         }
 
     def _verdict_columns(self, model: Classifier, of: Marked) -> dict[str, Any]:
-        key, test = self._key(of), self._config.ownership_test
+        test = self._config.ownership_test
+        if not of.watermark.marks:
+            return {"test": test.name}
+        key = self._key(of)
         evidence = key.evidence()
         suspect = ModelOracle(model, labels="hard", classes=key.classes, shape=evidence.shape, budget=len(key))
         result = test.judge(suspect, evidence, Context(generator_for("judge", of.id)))
@@ -258,7 +261,7 @@ class Collector:
         rates = [rate for several in found.values() if (rate := alarm_rate(several)) is not None]
         return {"detectors": detectors_json(detectors), "false_alarms": sum(rates) / len(rates)}
 
-    def _warnings(self, victim: Row, benign: Row, key: KeySamples) -> list[str]:
+    def _warnings(self, victim: Row, benign: Row, key: KeySamples | None) -> list[str]:
         """A victim that lost accuracy, a key that the filter could not choose or of which it left too little, benign
         clients that are all the same."""
         found = []
@@ -271,6 +274,8 @@ class Collector:
                 f"accuracy {victim.accuracy:.4f} is {drop:.4f} below the benign model's, more than the "
                 f"{self._config.accuracy_tolerance} allowed: the watermark harms the task{hint}"
             )
+        if key is None:
+            return [*found, *self._alike_clients()]
         if key.info.get("filter") not in ("none", "first", "both"):
             found.append(f"key filter: {key.info.get('filter')}")
         if victim.verified is False:

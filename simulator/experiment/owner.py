@@ -87,6 +87,8 @@ def train_owner(
         return TrainedOwner(model, None, None, None, time.perf_counter() - clock, started)
     assert benign is not None
     embedding = _embed(spec, world, benign, device, progress, checkpoint)
+    if not spec.watermark.marks:
+        return TrainedOwner(embedding.model, None, None, None, time.perf_counter() - clock, started)
     false_trigger = _false_trigger(embedding)
     info = {"victim": spec.id, "dataset": dataset.name, "false_trigger": false_trigger}
     key = _filtered(spec, world, embedding, benign, device, progress)

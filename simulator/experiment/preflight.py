@@ -164,6 +164,10 @@ def watermarks_fit(plan: Plan, dataset: Dataset) -> None:
     """
     for spec in plan.victims:
         spec.watermark.check(dataset)
+    for scenario in plan.scenarios:
+        of = scenario.triggers_of
+        if of is not None and not of.watermark.marks:
+            raise InputError(f"pool: 'triggers' of {of.watermark.name}: it has none; name other images")
 
 
 def architectures_fit(plan: Plan, dataset: Dataset) -> None:

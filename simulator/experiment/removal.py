@@ -11,7 +11,7 @@ import torch
 from simulator.context import Context
 from simulator.experiment.world import World
 from simulator.models import Classifier
-from simulator.plan.subjects import Removed
+from simulator.plan.subjects import POOL, Removed
 from simulator.progress import Progress, silent
 from simulator.seeding import generator_for
 
@@ -39,7 +39,3 @@ def wash(
     pool = None if subject.pool is None else world.pool(subject.pool, POOL, generator)
     model = subject.removal.remove(target.to(device).eval(), pool, Context(generator, progress))
     return Washed(model.eval(), time.perf_counter() - clock, started)
-
-
-#: images of a pool that is a mixture or drawn; a pool of one data set has all its images
-POOL = 10_000

@@ -200,7 +200,7 @@ class RunDirectory:
         if not self._model(spec.file).exists():
             return None
         model, header = self._load(spec, "owner")
-        marked = isinstance(spec, Marked)
+        marked = isinstance(spec, Marked) and spec.watermark.marks
         return TrainedOwner(
             model,
             self.load_key(spec) if marked else None,

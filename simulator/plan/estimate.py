@@ -27,7 +27,7 @@ from simulator.data.dataset import Outline
 from simulator.models import build
 from simulator.models.classifier import parameter_count
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen
+from simulator.plan.subjects import POOL, Marked, OwnerModel, Plan, Removed, Stolen
 from simulator.training.predict import predict, to_input
 from simulator.training.recipe import Recipe, cross_entropy
 
@@ -83,7 +83,7 @@ class Estimate:
     """What a run costs.
 
     Attributes:
-        owners, thefts: seconds on one thread of each owner's model and of each scenario, in the plan's order.
+        owners, thefts: seconds on one thread of each owner's model, and of each theft and removal, in the plan's order.
         serving, measuring: seconds on one thread of all answers of the victims, and of all measuring.
         memory: bytes of an actor that trains, by architecture.
         queries: victim images at most.
@@ -150,10 +150,13 @@ def estimate(config: RunConfig, plan: Plan, data: Outline, speeds: dict[str, Spe
         last = scenario.stages[-1].architecture or scenario.victim.architecture
         points = 1 + len(scenario.stages[0].curve)
         measuring.answered[last] += points * len(plan.keys_for(scenario)) * (data.test + config.key_filter.keep)
+    for removed in plan.removals:
+        measuring.answered[removed.architecture] += len(plan.keys_for(removed)) * (data.test + config.key_filter.keep)
     for spec in plan.victims:
         measuring.answered[spec.architecture] += 2 * (data.test + config.key_filter.keep)
     total = Work()
-    for part in (*owners, *thefts, serving, measuring):
+    removals = [removal_work(removed, data) for removed in plan.removals]
+    for part in (*owners, *thefts, *removals, serving, measuring):
         total.add(part)
 
     def seconds(work: Work) -> float:
@@ -166,7 +169,7 @@ def estimate(config: RunConfig, plan: Plan, data: Outline, speeds: dict[str, Spe
     batch = max([config.training.batch_size, *(_recipe(stage).batch_size for stage in _stages(plan))])
     return Estimate(
         owners=tuple(seconds(work) for work in owners),
-        thefts=tuple(seconds(work) for work in thefts),
+        thefts=tuple(seconds(work) for work in (*thefts, *removals)),
         serving=seconds(serving),
         measuring=seconds(measuring),
         memory={name: memory(name, data, batch) for name in sorted(total.trained)},
@@ -214,6 +217,15 @@ def theft_work(scenario: Stolen, data: Outline) -> Work:
         pool = sum(pools.get(part, stage.budget) for spec in stage.pools for part in spec.parts)
         work.trained[name] += stage.attack.trained_images(stage.budget, pool, stage.curve, stage.labels)
         before = name
+    return work
+
+
+def removal_work(removed: Removed, data: Outline) -> Work:
+    """Of a removal."""
+    work = Work()
+    pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
+    images = sum(pools.get(part, POOL) for part in removed.pool.parts) if removed.pool else 0
+    work.trained[removed.architecture] += round(removed.removal.passes(images))
     return work
 
 

@@ -34,6 +34,9 @@ from simulator.service.ledger import Terms, hash_token
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Watermark
 
+#: images of a removal's pool that is a mixture or drawn; a pool of one data set has all its images
+POOL = 10_000
+
 Role = Literal["benign", "victim", "stolen", "removed"]
 
 

@@ -76,6 +76,8 @@ class Embedding:
 class Watermark(Component):
     """A watermark scheme: its paper's hyper-parameters as fields, and :meth:`embed`."""
 
+    #: whether the scheme marks the model; one that does not gives no key candidates
+    marks: ClassVar[bool] = True
     #: whether the key is the very trigger set that was trained on, as where triggers have labels of their own
     key_is_trained: ClassVar[bool] = False
 
