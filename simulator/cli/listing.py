@@ -23,12 +23,13 @@ def show_list(what: str) -> int:
     from simulator.detectors.base import DETECTORS
     from simulator.models import describe_models
     from simulator.plan.settings_file import presets
+    from simulator.removals.base import REMOVALS
     from simulator.watermarks.base import WATERMARKS
 
     families: dict[str, Callable[[], list[tuple[str, str]]]] = {
         "attacks": lambda: _components(ATTACKS),
         "watermarks": lambda: _components(WATERMARKS),
-        "removals": lambda: [("none", "there are no removal attacks yet")],
+        "removals": lambda: _components(REMOVALS),
         "detectors": lambda: _components(DETECTORS),
         "models": describe_models,
         "datasets": describe_datasets,
