@@ -117,7 +117,7 @@ class RayRun:
 
     async def _run(self, deployment: Deployment) -> None:
         bench, over = self.bench(), asyncio.Event()
-        scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows)
+        scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows, retry=False)
         watch = asyncio.create_task(self._watch(bench, over))
         try:
             await asyncio.gather(_opened(bench, deployment), scheduler.measure_all((*self._plan.victims, *self._open)))

@@ -6,8 +6,9 @@ It computes what the Ray run computes, by the same functions and through the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -53,7 +54,7 @@ class LocalRun:
         """
         use_one_thread()
         try:
-            asyncio.run(self._run())
+            _run_at_once(self._run())
         finally:
             if self._log is not None:
                 self._log.close()
@@ -63,7 +64,7 @@ class LocalRun:
         return all(row.status == "ok" for row in self._directory.rows())
 
     async def _run(self) -> None:
-        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows)
+        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows, retry=False)
         for subject in (*self._plan.victims, *self._directory.open_copies(self._plan)):
             await scheduler.measured(subject)  # one after the other: there is one process
 
@@ -122,6 +123,23 @@ class LocalRun:
     def _spent(self, subject: Subject) -> int:
         theft = subject.theft
         return sum(self._ledger.spent(account) for account in theft.accounts) if theft else 0
+
+
+def _run_at_once(work: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine to its end, in an event loop of its own.
+
+    Ctrl-C interrupts whatever is being computed. :func:`asyncio.run` would wait for the end of the step under way,
+    which is a whole training here.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(work)
+    finally:
+        if left := asyncio.all_tasks(loop):  # those that waited for what was interrupted
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(left))
+        loop.close()
 
 
 def run_config(config: RunConfig, out: Path | None = None, data_dir: Path | None = None) -> list[Row]:

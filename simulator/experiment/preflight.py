@@ -107,11 +107,11 @@ def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
     tried: dict[str, None] = {}
     triggers = KeySamples(world.dataset.owner.images[:1], world.dataset.owner.labels[:1], world.dataset.classes)
     for copy, spec in attackers_pools(plan):
+        if isinstance(copy, Removed) and "triggers" in spec.parts:
+            raise InputError(f"{config.name}: pool {spec.label}: 'triggers' is for thefts; a removal's pool has none")
         if spec.model_dump_json() in tried:
             continue
         tried[spec.model_dump_json()] = None
-        if isinstance(copy, Removed) and "triggers" in spec.parts:
-            raise InputError(f"{config.name}: pool {spec.label}: 'triggers' is for thefts; a removal's pool has none")
         try:
             world.pool(spec, 4, generator_for("check"), triggers)
         except InputError as error:

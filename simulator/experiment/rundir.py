@@ -166,10 +166,12 @@ class RunDirectory:
     def has(self, subject: Subject) -> bool:
         """Whether a model, and all that belongs to it, lies here."""
         file = self._model(subject.file)
-        if not file.exists():
+        if isinstance(subject, OwnerModel):
+            return file.exists()
+        try:  # earlier versions kept no counts beside a copy, which cannot be measured without them
+            return "copy" in _metadata(file)
+        except InputError:  # absent, or damaged: it is made again, and pays nothing twice
             return False
-        # earlier versions kept no counts beside a copy, which cannot be measured without them
-        return isinstance(subject, OwnerModel) or "copy" in _metadata(file)
 
     def save_owner(self, spec: OwnerModel, owner: TrainedOwner) -> None:
         """Writes an owner's model, key (with what it was filtered from, so that a WSR before the filter can be had

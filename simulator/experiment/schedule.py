@@ -61,6 +61,8 @@ class Scheduler:
     Args:
         keys_for: the victims whose keys a model is measured with.
         show: is given the rows as they are written.
+        retry: whether work that failed is begun again when somebody asks again, as the next trial of a sweep does. In a
+            run it stays failed: every theft asks for its victim, and none of them should train it once more.
     """
 
     def __init__(
@@ -69,14 +71,17 @@ class Scheduler:
         directory: RunDirectory,
         keys_for: Callable[[Subject], Sequence[Marked]],
         show: Callable[[list[Row]], None],
+        *,
+        retry: bool = True,
     ) -> None:
         self._bench, self._directory, self._keys_for, self._show = bench, directory, keys_for, show
+        self._retry = retry
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
     async def once(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of a piece of work, which is begun if nobody has begun it. Work that failed may be begun again."""
+        """The result of a piece of work, which is begun if nobody has begun it, or if it failed and is tried again."""
         task = self._tasks.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        if task is None or (self._retry and task.done() and (task.cancelled() or task.exception() is not None)):
             task = self._tasks[name] = asyncio.ensure_future(work())
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio complains of it
         return await asyncio.shield(task)  # the work goes on when the one who asked goes away
@@ -94,7 +99,7 @@ class Scheduler:
                     try:
                         await self.made(needed)
                     except WorkFailed as failed:
-                        raise WorkFailed(_lost(subject, needed, failed)) from failed
+                        raise WorkFailed(_lost(subject, needed, failed), failed.queries) from failed
                 await self._bench.make(subject)
 
         await self.once(f"make {subject.id}", work)

@@ -90,13 +90,15 @@ class StageConfig(Settings):
 GRID = ("architecture", "pool", "labels", "budget", "accounts")
 
 
-def _siblings(value: object) -> object:
+def _siblings(value: object) -> tuple[object, ...]:
     """One removal for each combination of a mapping's lists: ``{name: pruning, fraction: [0.2, 0.4]}`` is two.
 
-    A field that is a list by itself is left alone.
+    A field that is a list by itself is left alone. Of a list of removals, each may have lists.
     """
+    if isinstance(value, list | tuple):
+        return tuple(itertools.chain.from_iterable(map(_siblings, value)))
     if not isinstance(value, Mapping):
-        return _many(value)
+        return (value,)
     cls = REMOVALS.classes().get(str(value.get("name")))
     fields = cls.model_fields if cls else {}
     lists = [
@@ -104,6 +106,9 @@ def _siblings(value: object) -> object:
         for name, given in value.items()
         if isinstance(given, list) and name in fields and not _takes_a_list(fields[name].annotation)
     ]
+    for name in lists:
+        if not value[name]:
+            raise InputError(f"{name}: an empty list removes nothing")
     grid = itertools.product(*(value[name] for name in lists))
     return tuple({**value, **dict(zip(lists, values, strict=True))} for values in grid)
 

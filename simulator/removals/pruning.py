@@ -54,4 +54,4 @@ def prune(weights: list[Tensor], fraction: float) -> None:
     keep = torch.ones_like(magnitudes, dtype=torch.bool)
     keep[magnitudes.argsort(stable=True)[:count]] = False
     for weight, kept in zip(weights, keep.split([weight.numel() for weight in weights]), strict=True):
-        weight.mul_(kept.view_as(weight))
+        weight.masked_fill_(~kept.view_as(weight), 0)  # a product would make NaN of infinity, and -0 of -1

@@ -96,7 +96,7 @@ def test_every_preset_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) 
     [
         ("attacks", ["knockoff", "distillation", "Orekondy et al., CVPR 2019", "temperature=4.0"]),
         ("watermarks", ["deeptracer", "Yang et al., AAAI 2026", "margin="]),
-        ("removals", ["removals", "there are no removal attacks yet"]),
+        ("removals", ["removals", "pruning", "Yang et al., AAAI 2026", "fraction=0.5", "scope=global"]),
         ("detectors", ["prada", "Juuti et al., EuroS&P 2019", "delta=0.95"]),
         ("ownership_tests", ["wsr_sequential", "threshold=0.2", "Yang et al., AAAI 2026"]),
         ("models", ["naivenet", "lenet5", "vit"]),
