@@ -353,8 +353,8 @@ BAD = [
         "'ratio' is not one of name, fraction, scope",
     ),
     (
-        BASE + "scenarios: [{then: [{removl: pruning}]}]",
-        "removl: no such setting; 'removl' is not one of removal, pool",
+        BASE + "scenarios: [{then: [{removal: pruning, pol: owner}]}]",
+        "pol: no such setting; 'pol' is not one of removal, pool",
     ),
     (BASE + "scenarios: [{then: [{removal: pruning, pool: atacker}]}]", "(did you mean 'attacker'?)"),
     (BASE + "scenarios: [{then: {removal: pruning}}]", "scenarios.0.then: Input should be a valid array"),
