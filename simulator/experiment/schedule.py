@@ -108,28 +108,28 @@ class Scheduler:
         """The rows of a model, with each of its keys. A row says what failed."""
 
         async def work() -> list[Row]:
-            keys = list(self._keys_for(subject))
-            try:
-                await self.made(subject)
-            except WorkFailed as failed:
-                rows = await self._bench.fail(subject, str(failed), keys, failed.queries)
-                self._show(rows)
-                return rows
-            rows = []
-            for of in list(keys):
-                try:
-                    await self.made(of)
-                except WorkFailed as failed:
-                    keys.remove(of)
-                    rows += await self._bench.fail(subject, _lost(subject, of, failed), [of], 0)
-            if keys:
-                rows += await self._bench.measure(subject, keys)
+            rows = await self._measure(subject)
             self._show(rows)
-            if any(row.status != "ok" for row in rows):
-                self._tasks.pop(f"measure {subject.id}", None)  # whoever asks again has it tried again
+            if self._retry and any(row.status != "ok" for row in rows):
+                self._tasks.pop(f"measure {subject.id}", None)
             return rows
 
         return await self.once(f"measure {subject.id}", work)
+
+    async def _measure(self, subject: Subject) -> list[Row]:
+        keys = list(self._keys_for(subject))
+        try:
+            await self.made(subject)
+        except WorkFailed as failed:
+            return await self._bench.fail(subject, str(failed), keys, failed.queries)
+        rows = []
+        for of in list(keys):
+            try:
+                await self.made(of)
+            except WorkFailed as failed:
+                keys.remove(of)
+                rows += await self._bench.fail(subject, _lost(subject, of, failed), [of], 0)
+        return rows + (await self._bench.measure(subject, keys) if keys else [])
 
     async def measure_all(self, subjects: Iterable[Subject]) -> None:
         """Measures models side by side."""
