@@ -61,6 +61,8 @@ class Scheduler:
     Args:
         keys_for: the victims whose keys a model is measured with.
         show: is given the rows as they are written.
+        again: whether work that failed is begun again when somebody else asks for it, as a later trial of a sweep does.
+            In a run it is not: each theft from a victim that cannot be trained would train it once more.
     """
 
     def __init__(
@@ -69,14 +71,17 @@ class Scheduler:
         directory: RunDirectory,
         keys_for: Callable[[Subject], Sequence[Marked]],
         show: Callable[[list[Row]], None],
+        *,
+        again: bool = False,
     ) -> None:
         self._bench, self._directory, self._keys_for, self._show = bench, directory, keys_for, show
+        self._again = again
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
     async def once(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of a piece of work, which is begun if nobody has begun it. Work that failed may be begun again."""
+        """The result of a piece of work, which is begun if nobody has begun it."""
         task = self._tasks.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        if task is None or (self._again and task.done() and (task.cancelled() or task.exception() is not None)):
             task = self._tasks[name] = asyncio.ensure_future(work())
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio complains of it
         return await asyncio.shield(task)  # the work goes on when the one who asked goes away
@@ -103,14 +108,11 @@ class Scheduler:
         """The rows of a model, with each of its keys. A row says what failed."""
 
         async def work() -> list[Row]:
-            keys = list(self._keys_for(subject))
+            keys, rows = list(self._keys_for(subject)), []
             try:
                 await self.made(subject)
             except WorkFailed as failed:
-                rows = await self._bench.fail(subject, str(failed), keys, failed.queries)
-                self._show(rows)
-                return rows
-            rows = []
+                rows, keys = await self._bench.fail(subject, str(failed), keys, failed.queries), []
             for of in list(keys):
                 try:
                     await self.made(of)
@@ -120,8 +122,8 @@ class Scheduler:
             if keys:
                 rows += await self._bench.measure(subject, keys)
             self._show(rows)
-            if any(row.status != "ok" for row in rows):
-                self._tasks.pop(f"measure {subject.id}", None)  # whoever asks again has it tried again
+            if self._again and any(row.status != "ok" for row in rows):
+                self._tasks.pop(f"measure {subject.id}", None)
             return rows
 
         return await self.once(f"measure {subject.id}", work)
