@@ -53,7 +53,9 @@ class LocalRun:
         """
         use_one_thread()
         try:
-            asyncio.run(self._run())
+            # not asyncio.run: its Ctrl-C comes between two steps, and a step here is a whole training
+            with asyncio.Runner() as runner:
+                runner.get_loop().run_until_complete(self._run())
         finally:
             if self._log is not None:
                 self._log.close()
