@@ -1,4 +1,4 @@
-"""Work that failed: in a run it fails all that needs it and is not begun again, in a sweep a later trial may ask again."""
+"""Work that failed: in a run it fails all that needs it, and is not begun again. In a sweep a later trial may ask."""
 
 from __future__ import annotations
 
