@@ -17,7 +17,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 
 from actors.crew import Crew
-from actors.failures import innermost
+from actors.failures import innermost, is_lost
 from actors.workers import Workers
 from simulator.errors import RunFailed, one_line
 from simulator.experiment.display import Task
@@ -85,15 +85,16 @@ class CrewBench:
         collector, triggers = next(self._collectors), None
         if theft.triggers_of is not None:
             triggers = crew.collector.triggers.remote(theft.triggers_of)
-        with self._timed(theft, theft.label) as begun:
+
+        async def steal(attacker: Any) -> None:
+            # not before there is an attacker: the first to hear of the ledger, and not the longest, would have it
             await crew.ledger.open.remote(terms, dict.fromkeys(terms, theft.attack))
             record, detectors = self._config.save_transfer_sets, self._config.detectors
+            await attacker.steal.remote(service, theft, tokens, triggers, collector, record, detectors)
+
+        with self._timed(theft, theft.label) as begun:
             try:
-                await self.attackers.do(
-                    lambda one: one.steal.remote(service, theft, tokens, triggers, collector, record, detectors),
-                    begun,
-                    priority=-theft.work,
-                )
+                await self.attackers.do(steal, begun, priority=-theft.work)
             except WorkFailed as failed:
                 raise WorkFailed(str(failed), await crew.ledger.spent.remote(accounts)) from failed
 
@@ -105,19 +106,23 @@ class CrewBench:
         charged = self._crew.ledger.spent.remote(list(theft.accounts)) if theft else 0
         with self._timed(subject, "") as begun:
             begun()
-            return await self._collected(collector.measure.remote(subject, keys, charged))
+            try:
+                found: list[Row] = await collector.measure.remote(subject, keys, charged)
+            except RayError as error:
+                if not is_lost(error):
+                    raise _broken(error) from error
+                # by its size, say: whoever measures it runs out of memory
+                why = f"whoever measured it died, again and again: {one_line(innermost(error))[:200]}"
+                return await self.fail(subject, why, keys, charged)
+            return found
 
     async def fail(self, subject: Subject, why: str, keys: Sequence[Marked], queries: int) -> list[Row]:
         """See :class:`~simulator.experiment.schedule.Bench`."""
-        return await self._collected(self._crew.collector.fail.remote(subject, why, keys, queries))
-
-    async def _collected(self, rows: Any) -> list[Row]:
-        """What a collector returns. One that fails cannot be worked around: it ends the run."""
         try:
-            found: list[Row] = await rows
+            rows: list[Row] = await self._crew.collector.fail.remote(subject, why, keys, queries)
         except RayError as error:
-            raise RunFailed(f"the collector failed: {one_line(innermost(error))}") from error
-        return found
+            raise _broken(error) from error
+        return rows
 
     # -- a sweep's side ----------------------------------------------------------------------------------------------
 
@@ -173,3 +178,8 @@ class CrewBench:
             budget = subject.budget if isinstance(subject, Stolen) else None
             tasks[name] = Task(label, phase, done, total, budget, sum(spent.get(account, 0) for account in accounts))
         return tasks
+
+
+def _broken(error: RayError) -> RunFailed:
+    """A collector that fails cannot be worked around: it ends the run."""
+    return RunFailed(f"the collector failed: {one_line(innermost(error))}")

@@ -117,13 +117,18 @@ class RayRun:
 
     async def _run(self, deployment: Deployment) -> None:
         bench, over = self.bench(), asyncio.Event()
-        scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows, retry=False)
+        work = asyncio.create_task(self._work(bench, deployment))
         watch = asyncio.create_task(self._watch(bench, over))
         try:
-            await asyncio.gather(_opened(bench, deployment), scheduler.measure_all((*self._plan.victims, *self._open)))
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
         finally:
             over.set()
             await watch  # not in the middle of a call: Ray tells the terminal of a call to an actor that is killed
+        await work
+
+    async def _work(self, bench: CrewBench, deployment: Deployment) -> None:
+        scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows)
+        await asyncio.gather(_opened(bench, deployment), scheduler.measure_all((*self._plan.victims, *self._open)))
 
     # -- what is looked at from time to time ---------------------------------------------------------------------------
 

@@ -11,11 +11,10 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray.exceptions import RayError
 
 from actors.failures import innermost, is_lost
@@ -73,11 +72,11 @@ class Workers:
         while not self.paused and self._failures < ATTEMPTS and len(self._everyone()) < self._count:
             self._welcome(self._new())
 
-    async def do(self, call: Callable[[Any], ObjectRef[Any]], begun: Callable[[], None], priority: float = 0.0) -> Any:
+    async def do(self, call: Callable[[Any], Awaitable[Any]], begun: Callable[[], None], priority: float = 0.0) -> Any:
         """Has an idle worker do something, and gives its result; another does it again when the worker dies.
 
         Args:
-            call: makes the remote call on a worker.
+            call: makes the remote call on a worker, and gives what is to be awaited.
             begun: told each time that a worker has it.
             priority: of all that wait, the work of the least value goes first.
 
@@ -168,22 +167,27 @@ class Workers:
         self._busy.discard(worker)
         ray.kill(worker)  # one that lives on out of reach would keep its share of the cluster
         while self._idle:
-            self._welcome(self._idle.popleft())
+            self._welcome(self._idle.popleft(), known=True)
         by_itself = worker not in self._shed
         self._shed.discard(worker)
         self._match()
         return by_itself
 
-    def _welcome(self, worker: Any) -> None:
-        self._arriving[worker] = asyncio.get_running_loop().create_task(self._arrive(worker))
+    def _welcome(self, worker: Any, *, known: bool = False) -> None:
+        self._arriving[worker] = asyncio.get_running_loop().create_task(self._arrive(worker, known))
 
-    async def _arrive(self, worker: Any) -> None:
-        """Takes a worker in when it answers."""
+    async def _arrive(self, worker: Any, known: bool) -> None:
+        """Takes a worker in when it answers.
+
+        Args:
+            known: it has answered before, so its death is no failed start.
+        """
         try:
             await worker.__ray_ready__.remote()
         except RayError as error:
-            # what was raised stands at the end, below a traceback
-            self._failures, self._why = self._failures + 1, str(error).strip().splitlines()[-1][:200]
+            if not known:
+                # what was raised stands at the end, below a traceback
+                self._failures, self._why = self._failures + 1, str(error).strip().rpartition("\n")[2][:200]
             ray.kill(worker)  # its answer may be lost alone: then it lives, and would keep its share
         else:
             self._failures = 0

@@ -71,7 +71,9 @@ class Workshop:
         """Starts the workers, and returns when each has answered, so that no trial waits for that."""
         self._bench = CrewBench(self._crew, self._directory, self._config.base)
         self._bench.open(self._crew.service)
-        self._scheduler = Scheduler(self._bench, self._directory, lambda subject: self._keys[subject.id], self._note)
+        self._scheduler = Scheduler(
+            self._bench, self._directory, lambda subject: self._keys[subject.id], self._note, retry=True
+        )
         await asyncio.gather(self._bench.trainers.ready(), self._bench.attackers.ready())
 
     async def stage(self, setting: Setting, stage: str) -> dict[str, Any]:

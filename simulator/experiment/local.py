@@ -64,7 +64,7 @@ class LocalRun:
         return all(row.status == "ok" for row in self._directory.rows())
 
     async def _run(self) -> None:
-        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows, retry=False)
+        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows)
         for subject in (*self._plan.victims, *self._directory.open_copies(self._plan)):
             await scheduler.measured(subject)  # one after the other: there is one process
 

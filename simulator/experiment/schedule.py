@@ -72,7 +72,7 @@ class Scheduler:
         keys_for: Callable[[Subject], Sequence[Marked]],
         show: Callable[[list[Row]], None],
         *,
-        retry: bool = True,
+        retry: bool = False,
     ) -> None:
         self._bench, self._directory, self._keys_for, self._show = bench, directory, keys_for, show
         self._retry = retry
