@@ -375,7 +375,7 @@ class TestRetry:
         memory = Memory(**{lost.id: "why"})
 
         async def ask() -> list[list[Row]]:
-            scheduler = memory.scheduler(made)
+            scheduler = memory.scheduler(made, retry=True)
             rows = [await scheduler.measured(leaf) for _ in range(2)]
             memory.broken.clear()
             return [*rows, await scheduler.measured(leaf), await scheduler.measured(leaf)]
@@ -424,7 +424,7 @@ class TestRetry:
         memory.measure = measured  # type: ignore[method-assign]
 
         async def ask() -> list[str]:
-            scheduler = memory.scheduler(made)
+            scheduler = memory.scheduler(made, retry=True)
             first = await scheduler.measured(made.scenarios[0])
             bad.clear()
             return [row.status for row in (*first, *await scheduler.measured(made.scenarios[0]))]
