@@ -277,8 +277,7 @@ class TestFailure:
 
 
 class Curious(Removal):
-    """Remembers the pool that it was given. It has no name of its own, so that no other test finds it in the
-    registry."""
+    """Remembers the pool that it was given. It has no name of its own, so that no registry holds it."""
 
     def remove(self, model: Classifier, pool: Pool | None, context: Context) -> Classifier:
         assert pool is not None
