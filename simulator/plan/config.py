@@ -240,6 +240,7 @@ class RunConfig(Settings):
         scenarios: the thefts, each from every victim.
         controls: run every theft from the benign model, too.
         accuracy_tolerance: a victim whose accuracy is more than this below the benign model's is reported loudly.
+        accuracy_loss: what a thief gives up at most for a removal: the report names the strongest removal within it.
         device: ``auto`` uses GPUs where there are any; ``cuda`` demands one.
         save_transfer_sets: keep what every attacker asked and was answered, under ``transfer/``. Where a removal needs
             that, it is kept anyway.
@@ -260,6 +261,7 @@ class RunConfig(Settings):
     scenarios: tuple[ScenarioConfig, ...] = ()
     controls: bool = True
     accuracy_tolerance: float = Field(0.02, ge=0, le=1)
+    accuracy_loss: float = Field(0.035, ge=0, le=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resources: Resources = Resources()
     save_transfer_sets: bool = False
