@@ -57,8 +57,8 @@ class Row(Settings):
     None for a model trained from nothing, and in rows of schema version 2, which did not say it.
 
     A row of the role ``"removed"`` is a victim or a copy after a removal, with the columns of that model; ``removal``
-    names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``. What it cost is the accuracy
-    of the row of ``parent`` less its own; ``allowed_loss`` is what the configuration lets a thief give up.
+    names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``. The accuracy that it cost
+    is that of the row of ``parent`` less its own; ``allowed_loss`` is what the configuration lets a thief give up.
 
     ``test`` names the ownership test and ``threshold`` is the WSR above which ``verified`` is true. ``key_filter`` says
     what chose the key's samples: the stages of the filter, ``"none"``, ``"first"`` or ``"both"``, and behind a colon
