@@ -89,7 +89,7 @@ class CrewBench:
         async def steal(attacker: Any) -> None:
             # not before there is an attacker: the first to hear of the ledger, and not the longest, would have it
             await crew.ledger.open.remote(terms, dict.fromkeys(terms, theft.attack))
-            record, detectors = self._config.save_transfer_sets, self._config.detectors
+            record, detectors = self._config.records_thefts, self._config.detectors
             await attacker.steal.remote(service, theft, tokens, triggers, collector, record, detectors)
 
         with self._timed(theft, theft.label) as begun:

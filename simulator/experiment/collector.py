@@ -218,6 +218,7 @@ class Collector:
             "seed": subject.seed,
             **(_theft_columns(subject.theft) if subject.theft else {}),
             **(_removal_columns(subject.chain) if isinstance(subject, Removed) else {}),
+            "allowed_loss": self._config.accuracy_loss if isinstance(subject, Removed) else None,
         }
 
     def _verdict_columns(self, model: Classifier, of: Marked) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Row(Settings):
     None for a model trained from nothing, and in rows of schema version 2, which did not say it.
 
     A row of the role ``"removed"`` is a victim or a copy after a removal, with the columns of that model; ``removal``
-    names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``.
+    names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``. The accuracy that it cost
+    is that of the row of ``parent`` less its own; ``allowed_loss`` is what the configuration lets a thief give up.
 
     ``test`` names the ownership test and ``threshold`` is the WSR above which ``verified`` is true. ``key_filter`` says
     what chose the key's samples: the stages of the filter, ``"none"``, ``"first"`` or ``"both"``, and behind a colon
@@ -85,6 +86,7 @@ class Row(Settings):
     stage: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     removal: str | None = None
     removal_params: JsonParams | None = None
+    allowed_loss: Fraction | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     budget: Count | None = None
     accounts: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -153,7 +155,7 @@ class Row(Settings):
 #: the columns of ``results/*.parquet``
 SCHEMA = arrow_schema(Row)
 #: columns that schema version 3 has added
-ADDED = ("parent", "key_filter", "threshold", "test")
+ADDED = ("parent", "allowed_loss", "key_filter", "threshold", "test")
 _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in ADDED]), str(SCHEMA_VERSION): SCHEMA}
 
 

@@ -25,7 +25,7 @@ from simulator.models import Classifier, build
 from simulator.plan.config import RunConfig, check_config
 from simulator.plan.subjects import Removed, Stolen
 from simulator.records.rows import Row
-from simulator.removals.base import Removal
+from simulator.removals.base import Removal, ThiefTask
 from simulator.service.ledger import Ledger
 
 BRIEF = {"epochs": 2, "batch_size": 32}
@@ -279,10 +279,10 @@ class TestFailure:
 class Curious(Removal):
     """Remembers the pool that it was given. It has no name of its own, so that no registry holds it."""
 
-    def remove(self, model: Classifier, pool: Pool | None, context: Context) -> Classifier:
-        assert pool is not None
+    def remove(self, model: Classifier, task: ThiefTask, context: Context) -> Classifier:
+        assert task.pool is not None
         drawn = torch.randint(0, 255, (4,), generator=context.generator)
-        SEEN.append((pool, drawn, model.training))
+        SEEN.append((task.pool, drawn, model.training))
         return model.train()
 
 

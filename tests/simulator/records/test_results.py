@@ -76,6 +76,7 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
             "stage": 1,
             "removal": "fine-tuning+pruning",
             "removal_params": "[{}, {}]",
+            "allowed_loss": 0.035,
             "budget": 5000,
             "accounts": 2,
             "queries": 4999,

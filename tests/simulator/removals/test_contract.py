@@ -2,147 +2,170 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from simulator.checkpoint import NO_CHECKPOINT, Checkpoint, State
 from simulator.context import Context
 from simulator.data.pool import Pool
+from simulator.errors import InputError
 from simulator.models import Classifier, build
-from simulator.plan.config import check_config
-from simulator.removals.base import REMOVALS, Removal
-from simulator.training.recipe import Recipe
+from simulator.removals.base import REMOVALS, Removal, ThiefTask
+from simulator.removals.retraining import Retraining
+from simulator.service.recording import TransferSet
+from simulator.training.predict import predict_labels
 
-NAMES = list(REMOVALS.classes())
-#: one of plain layers, one with batch normalisation
-ARCHITECTURES = ["naivenet", "resnet18"]
+#: modes of a removal that the contract is checked for beside its defaults
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fine_tuning/last": {"depth": "last"},
+    "fine_tuning/afresh": {"reinitialise": True, "labels": "own"},
+    "fine_tuning/answers": {"data": "transfer", "labels": "answers", "epsilon": 0.1},
+    "pruning/layer": {"scope": "layer"},
+    "class_features/release": {"reading": "release"},
+    "overwriting/triggers": {"how": "triggers", "clean_share": 0.5},
+    "distillation/other": {"architecture": "lenet5"},
+}
+NAMES = [*REMOVALS.classes(), *VARIANTS]
+#: settings that make a removal quick on a few images
+QUICK: dict[str, dict[str, Any]] = {
+    "class_features": {"share": 1.0},
+    "neural_cleanse": {"share": 1.0, "inversion": {"epochs": 1, "batch_size": 16}},
+    "fine_pruning": {"fraction": 0.5},
+    "overwriting": {"watermark": {"name": "badnets"}},
+}
+#: settings, by removal, with which it changes nothing, where that is not no epoch
+NOTHING: dict[str, dict[str, Any]] = {"pruning": {"fraction": 0}, "fine_pruning": {"fraction": 0, "epochs": 0}}
+#: removals that always change the model: a grid has points, and a fresh net is another one
+ALWAYS = ("quantisation", "distillation")
+CLASSES = 5
 
-#: words in the names of settings that say how strong a removal is; it changes nothing where all of them are 0
-STRENGTHS = ("fraction", "ratio", "share", "strength")
-#: settings, by removal, with which it changes nothing, where that is not said by a strength
-NOTHING: dict[str, dict[str, Any]] = {}
-#: words in the names of whole-number settings that say how long a removal works
-LENGTHS = ("epochs", "steps", "iterations", "rounds")
 
-
-def quick(name: str, **others: Any) -> Removal:
-    """The removal with every recipe and length cut to two."""
-    fields: dict[str, Any] = {}
-    for field, info in REMOVALS.classes()[name].model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        if isinstance(default, Recipe):
-            fields[field] = {**default.model_dump(mode="json"), "epochs": 2, "batch_size": 16}
-        elif type(default) is int and any(word in field for word in LENGTHS):
-            fields[field] = min(default, 2)
-    return REMOVALS.make({"name": name, **fields, **others})
-
-
-def generator(seed: int) -> torch.Generator:
+def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def model(architecture: str, seed: int = 1) -> Classifier:
-    return build(architecture, channels=1, size=8, classes=5, generator=generator(seed)).eval()
+def target(seed: int = 1) -> Classifier:
+    return build("naivenet", channels=1, size=8, classes=CLASSES, generator=generator(seed)).eval()
 
 
-def pool_for(removal: Removal) -> Pool | None:
-    if removal.data_free:
-        return None
-    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator(7))
-    return Pool("noise", images, torch.arange(60) % 5)
+def removal(name: str, **settings: Any) -> Removal:
+    base = name.split("/")[0]
+    short: dict[str, Any] = {"epochs": 2} if issubclass(REMOVALS.classes()[base], Retraining) else {}
+    return REMOVALS.make({"name": base, **short, **QUICK.get(base, {}), **VARIANTS.get(name, {}), **settings})
 
 
-def washed(removal: Removal, architecture: str, seed: int = 3) -> Classifier:
-    return removal.remove(model(architecture), pool_for(removal), Context(generator(seed)))
+def task_of(count: int = 40) -> ThiefTask:
+    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator(7))
+    labels = torch.arange(count) % CLASSES
+    answers = torch.rand(count, CLASSES, generator=generator(8)).softmax(1)
+    return ThiefTask(
+        CLASSES,
+        lambda drawn, name: build(name or "naivenet", channels=1, size=8, classes=CLASSES, generator=drawn),
+        Pool("attacker", images, labels, labels=labels),
+        TransferSet(images.float() / 255, answers),
+    )
 
 
-def state(found: Classifier) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in found.state_dict().items()}
+def washed(name: str, *, checkpoint: Checkpoint = NO_CHECKPOINT, seed: int = 3, **settings: Any) -> Classifier:
+    return removal(name, **settings).remove(target(), task_of(), Context(generator(seed), checkpoint=checkpoint))
 
 
-def same(one: Classifier, other: Classifier) -> bool:
-    """Whether all weights and buffers are equal, to the last bit."""
-    first, second = state(one), state(other)
-    assert first.keys() == second.keys()
-    return all(value.numpy().tobytes() == second[name].numpy().tobytes() for name, value in first.items())
+def weights(model: Classifier) -> list[Tensor]:
+    return [value.clone() for value in model.state_dict().values()]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def equal(first: Classifier, second: Classifier) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_without_strength_it_changes_nothing(name: str, architecture: str) -> None:
-    fields = REMOVALS.classes()[name].model_fields
-    strengths = {field: 0 for field in fields if any(word in field for word in STRENGTHS)}
-    settings = {**strengths, **NOTHING.get(name, {})}
-    assert settings, "which of its settings is its strength?"
-    assert same(washed(quick(name, **settings), architecture), model(architecture))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", NAMES)
-def test_as_it_is_published_it_changes_the_model_and_leaves_a_model(name: str, architecture: str) -> None:
-    found = washed(quick(name), architecture)
-    assert isinstance(found, Classifier)
-    assert found.spec == model(architecture).spec
-    assert not same(found, model(architecture))
-    assert all(value.isfinite().all() for value in state(found).values())
-    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=generator(5))
-    assert found(images).shape == (4, 5)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", NAMES)
-def test_what_it_returns_is_in_evaluation_mode(name: str, architecture: str) -> None:
-    removal = quick(name)
-    target = model(architecture).train()
-    found = removal.remove(target, pool_for(removal), Context(generator(3)))
-    assert not any(module.training for module in found.modules())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_generator_decides_everything(name: str, architecture: str) -> None:
+def test_a_washed_model_answers_the_same_task_in_evaluation_mode_and_is_made_alike_twice(name: str) -> None:
     before = torch.get_rng_state()
-    first = washed(quick(name), architecture)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(99)
-    assert same(washed(quick(name), architecture), first)
+    model = washed(name)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.spec.classes == CLASSES
+    assert model.spec.architecture == removal(name).makes("naivenet")
+    assert predict_labels(model, task_of().the_pool().images).shape == (40,)
+    assert equal(model, washed(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_given_a_model_and_a_pool_and_sees_neither_a_key_nor_a_test_image(name: str) -> None:
-    """There is no other way in: what a thief has is what :meth:`Removal.remove` is given."""
-    cls = REMOVALS.classes()[name]
-    assert list(inspect.signature(cls.remove).parameters) == ["self", "model", "pool", "context"]
-    assert not {"key", "keys", "test", "dataset", "world"} & set(cls.model_fields)
+def test_it_does_something(name: str) -> None:
+    if removal(name).makes("naivenet") == "naivenet":
+        assert not equal(washed(name), target())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split("/")[0] not in ALWAYS])
+def test_without_strength_the_model_stays_what_it_is_to_the_last_bit(name: str) -> None:
+    settings = NOTHING.get(name.split("/")[0], {"epochs": 0})
+    assert equal(washed(name, **settings), target())
+    assert removal(name, **settings).passes(1000) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_pool_stays_as_it_is_and_one_that_needs_none_does_without(name: str) -> None:
-    removal = quick(name)
-    pool = pool_for(removal)
-    before = None if pool is None else pool.source.clone()
-    removal.remove(model("naivenet"), pool, Context(generator(3)))
-    assert (pool is None) == removal.data_free
-    if pool is not None and before is not None:
-        assert torch.equal(pool.source, before)
+def test_it_takes_what_it_says_that_it_needs_and_no_more(name: str) -> None:
+    whole, needs = task_of(), removal(name).needs
+    bare = ThiefTask(
+        CLASSES,
+        whole.fresh,
+        whole.pool if "pool" in needs else None,
+        whole.transfer if "transfer" in needs else None,
+    )
+    assert equal(removal(name).remove(target(), bare, Context(generator(3))), washed(name))
+    if needs:
+        nothing = ThiefTask(CLASSES, whole.fresh)
+        with pytest.raises(InputError):
+            removal(name).remove(target(), nothing, Context(generator(3)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_cost_is_a_number_of_passes_that_an_empty_pool_does_not_need(name: str) -> None:
-    removal = quick(name)
-    assert removal.passes(0) == 0
-    assert 0 <= removal.passes(100) <= removal.passes(1000)
+def test_an_unknown_setting_and_a_wrong_value_are_one_line(name: str) -> None:
+    base = name.split("/")[0]
+    with pytest.raises(InputError, match="no such setting") as failure:
+        removal(name, stength=1)
+    assert "\n" not in str(failure.value)
+    field = next(field for field in REMOVALS.classes()[base].model_fields if field != "name")
+    with pytest.raises(InputError, match=field) as failure:
+        removal(name, **{field: {"a": 1}})
+    assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_is_written_in_a_configuration_and_a_row(name: str) -> None:
-    removal = REMOVALS.make(name)
-    assert REMOVALS.make({"name": name, **json.loads(removal.params_json())}) == removal
-    config = {"name": "x", "dataset": "digits", "watermarks": ["badnets"], "scenarios": [{"then": [{"removal": name}]}]}
-    assert check_config(config).scenarios[0].then[0].removal == (removal,)
-    assert type(removal).__doc__
-    assert removal.paper
+class Interrupted(Exception):
+    pass
+
+
+class Memory:
+    """A checkpoint that is always due, and ends the work when it has been written so often."""
+
+    def __init__(self, writes: int) -> None:
+        self.kept: State | None = None
+        self._left = writes
+
+    def load(self) -> State | None:
+        return copy.deepcopy(self.kept)
+
+    def due(self) -> bool:
+        return True
+
+    def save(self, state: State) -> None:
+        self.kept = copy.deepcopy(state)
+        self._left -= 1
+        if self._left == 0:
+            raise Interrupted
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if issubclass(REMOVALS.classes()[name.split("/")[0]], Retraining)]
+)
+def test_one_that_is_interrupted_after_an_epoch_and_goes_on_gives_what_an_unbroken_one_gives(name: str) -> None:
+    memory = Memory(1)
+    with pytest.raises(Interrupted):
+        washed(name, checkpoint=memory)
+    assert equal(washed(name, checkpoint=memory), washed(name))
+    assert memory.kept is not None
