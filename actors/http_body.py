@@ -77,14 +77,17 @@ def refuse_bombs(body: bytes, shape: Sequence[int], most: int) -> None:
         Refusal: it does.
     """
     channels, height, width = shape
+    images = min(most, body.count(b",") // (channels * height * width) + 1)
     # a key may hold any of these characters
     for mark, name, limit in (
-        (b"[", "lists", 1 + most * (1 + channels + channels * height)),
-        (b",", "numbers", most * channels * height * width + len(PredictRequest.model_fields)),
+        (b"[", "lists", 1 + images * (1 + channels + channels * height)),
+        (b",", "numbers", images * channels * height * width + len(PredictRequest.model_fields)),
         (b":", "fields", len(PredictRequest.model_fields)),
     ):
         if body.count(mark) > limit + MAX_KEY:
-            raise Refusal(422, "Malformed query", f"body: more {name} than {most} images of shape {tuple(shape)} have")
+            raise Refusal(
+                422, "Malformed query", f"body: more {name} than {images} images of shape {tuple(shape)} have"
+            )
 
 
 def images_from_json(body: bytes) -> tuple[NDArray[np.generic], str | None]:
