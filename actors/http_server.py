@@ -39,6 +39,8 @@ HEAD = 16 << 10
 LOOK = 0.5
 #: file handles that are left to the rest of the process
 SPARE_FILES = 200
+#: connections that wait to be accepted at most
+BACKLOG = 1024
 
 
 class Connection(H11Protocol):
@@ -95,7 +97,7 @@ class Server:
 
     Args:
         app: an ASGI application.
-        place: a bound socket; it listens from now on.
+        place: a socket that listens (see :func:`bound`).
         most: connections at once.
         tls: files of the certificate and its key; None without TLS.
 
@@ -118,6 +120,7 @@ class Server:
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=HEAD,
+            backlog=BACKLOG,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=5,
             ssl_certfile=tls[0] if tls else None,
@@ -210,7 +213,7 @@ def _files() -> int:
 
 
 def bound(host: str, port: int, name: str = "--port") -> socket.socket:
-    """A socket that has the port and does not listen yet: nobody else can take it, and nobody is kept waiting at it.
+    """A socket that listens at the port. Nobody else can take it; a client that comes before the door opens waits.
 
     Raises:
         InputError: the port is busy, or the host is none of this machine's.
@@ -222,6 +225,7 @@ def bound(host: str, port: int, name: str = "--port") -> socket.socket:
         # what a closed server leaves waiting is no hindrance
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         place.bind(address)
+        place.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         if place is not None:
             place.close()

@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from simulator.plan.config import RunConfig
 
 
-class _Place(click.Path):
-    """A path, or text that may be one or a URI. An empty one, as an unset shell variable leaves it, is no default."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and not value.strip():
-            self.fail("it is empty; leave the option out, or name a place", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
     """A number of seconds; a range of click's lets nan and inf pass."""
     if not math.isfinite(value):
@@ -38,7 +29,7 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     return value
 
 
-_path = _Place(path_type=Path)
+_path = terminal.Typed(path_type=Path)
 _config = click.argument("config", default="digits")
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, by its dotted path."
@@ -57,9 +48,13 @@ def exsim() -> None:
 @_set
 @_data
 @click.option(
-    "--out", type=_Place(), help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>)."
+    "--out",
+    type=terminal.Typed(),
+    help="Run directory, or a URI: s3://BUCKET/RUN (default: runs/<time>_<name>).",
 )
-@click.option("--resume", type=_Place(), metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
+@click.option(
+    "--resume", type=terminal.Typed(), metavar="DIR", help="Finish an earlier run, in a directory or at a URI"
+)
 @click.option("--local", is_flag=True, help="One process, no Ray.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
 @click.option(

@@ -10,7 +10,7 @@ import click
 from simulator.cli import terminal
 from simulator.errors import InputError
 
-_file = click.Path(path_type=Path)
+_file = terminal.Typed(path_type=Path)
 _directory = click.option("--dir", "directory", required=True, type=_file, help="Directory of an exsim serve.")
 
 
