@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simulator.errors import InputError
@@ -51,7 +52,8 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
             else:
                 quiet["include_dashboard"] = False
                 # "local": with no address at all Ray would join a cluster that somebody has started on this machine
-                ray.init("local", num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
+                with _on_localhost():
+                    ray.init("local", num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
         except Exception as error:  # of a node that took too long to start, Ray raises no narrower one
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
@@ -63,6 +65,25 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
             ray.shutdown()
             if session is not None:
                 _keep_logs(session, logs / "ray")
+
+
+@contextmanager
+def _on_localhost() -> Iterator[None]:
+    """A local cluster that starts inside the block listens on 127.0.0.1 alone, and none but this user may use it.
+
+    By default all its processes listen on every interface. Ray keeps to localhost where it knows of no clusters (macOS,
+    Windows) and has no public setting for it; ``_node_ip_address="127.0.0.1"`` is taken for the public address. Its
+    token, which it asks of everybody by default, Ray writes to a file that others may read.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        token = Path.home() / ".ray" / "auth_token"
+        if token.is_file() and token.stat().st_uid == os.getuid():
+            token.chmod(0o600)
 
 
 @contextmanager

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import click
 from rich.console import Console
 
 #: exit status after Ctrl-C
 INTERRUPTED = 130
+
+
+class Typed(click.Path):
+    """A path, or text that may be one or a URI. An empty one, as an unset shell variable leaves it, is no default."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not value.strip():
+            self.fail("it is empty; leave the option out, or name a place", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def console() -> Console:
