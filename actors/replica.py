@@ -27,6 +27,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
+from actors.conversation import Busy
 from actors.devices import Placement, settle
 from actors.failures import innermost
 from actors.ledger import NOTHING
@@ -56,10 +57,6 @@ ROOM = 1 << 30
 
 #: messages that wait at one client, at most
 MAX_QUEUED = 256
-
-
-class Busy(InputError):
-    """The account has too many messages under way; nothing was charged, and the message may come again."""
 
 
 class Replica:

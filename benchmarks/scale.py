@@ -38,10 +38,11 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cluster import connected
+from actors.conversation import PACK
 from actors.devices import Placement
 from actors.layout import Layout
 from actors.runner import RayRun
-from actors.transport import PACK, direct
+from actors.transport import direct
 from actors.workers import Pool
 from benchmarks.measure import machine
 from simulator.detectors.base import Detector
