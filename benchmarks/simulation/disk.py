@@ -8,11 +8,11 @@ write it leaves a part, whose end may be zeros.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from simulator.service import ledger as ledger_module
 
@@ -159,8 +159,12 @@ class Calls:
         self.disk.sync(number)
 
 
-def install() -> Calls:
-    """Puts the ledger's module onto simulated disks, for the rest of the process."""
-    calls: Any = Calls()
-    vars(ledger_module)["os"] = calls
-    return calls  # type: ignore[no-any-return]
+@contextmanager
+def installed(calls: Calls) -> Iterator[None]:
+    """Puts the ledger's module onto simulated disks, inside the block."""
+    module = vars(ledger_module)
+    before, module["os"] = module["os"], calls
+    try:
+        yield
+    finally:
+        module["os"] = before

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -69,21 +69,34 @@ class Result:
 
 
 @functools.cache
-def _installed() -> tuple[disks.Calls, Path]:
-    """Makes this process one of simulations."""
-    oracles.CHUNK = CHUNK
-    folder = Path(tempfile.mkdtemp(prefix="exsim-simulation-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    owner = os.getpid()
-    gc.freeze()
-    gc.disable()  # a history makes circles, which are looked for after each hundred
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
-    return disks.install(), folder / "ledger.log"
+def _place(process: int) -> Path:
+    """Where the ledger of a process's histories lies: in memory, where there is such a folder."""
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="exsim-simulation-", dir=shared if shared.is_dir() else None))
+    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
+    return folder / "ledger.log"
+
+
+@contextmanager
+def _small_chunks() -> Iterator[None]:
+    """The oracle cuts its batches as for :data:`CHUNK`, inside the block."""
+    before, oracles.CHUNK = oracles.CHUNK, CHUNK
+    try:
+        yield
+    finally:
+        oracles.CHUNK = before
 
 
 def run(seed: int, parts: Parts = Parts(), *, trace: bool = False) -> Result:
     """The history of a seed."""
+    calls = disks.Calls()
+    with disks.installed(calls), _small_chunks():
+        return _run(seed, parts, calls, trace)
+
+
+def _run(seed: int, parts: Parts, calls: disks.Calls, trace: bool) -> Result:
     result, loop = Result(seed), VirtualLoop()
-    calls, path = _installed()
+    path = _place(os.getpid())
     path.unlink(missing_ok=True)
     say = _quiet
     if trace:
@@ -107,8 +120,6 @@ def run(seed: int, parts: Parts = Parts(), *, trace: bool = False) -> Result:
         asyncio.set_event_loop(None)
         loop.close()
         calls.disk.die(machine=False)
-    if seed % 100 == 0:
-        gc.collect()
     return result
 
 
