@@ -25,6 +25,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
+from actors.conversation import Busy
 from actors.http_body import (
     MAX_BODY,
     MAX_JSON,
@@ -36,7 +37,7 @@ from actors.http_body import (
     refuse_bombs,
 )
 from actors.http_gate import Intake
-from actors.replica import MAX_PER_ACCOUNT, Busy
+from actors.replica import MAX_PER_ACCOUNT
 from simulator import __version__
 from simulator.errors import InputError
 from simulator.service.http import NPY, AccountInfo, ModelInfo, Prediction, Problem

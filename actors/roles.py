@@ -10,9 +10,10 @@ the collector before its call returns. So nothing that was made is lost with a n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import ray
 from ray import ObjectRef
@@ -42,8 +43,25 @@ if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the t
     from actors.replica import Replica
     from actors.transport import ServeTransport
 
-#: how often a call to the collector is made again after its death
-MEASURE_RETRIES = 9
+#: how often a call to the collector is made again after its death, or when it was lost on the way
+MEASURE_RETRIES = 19
+
+
+Given = ParamSpec("Given")
+
+
+def once(method: Callable[Given, None]) -> Callable[Given, None]:
+    """A worker's method that does nothing where Ray repeats a call which this worker has done: its answer was lost on
+    the way. A repeated call has the same id."""
+
+    @functools.wraps(method)
+    def called(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        call, worker = ray.get_runtime_context().get_task_id(), vars(args[0])
+        if call is None or call != worker.get("_done"):
+            method(*args, **kwargs)
+            worker["_done"] = call
+
+    return called
 
 
 class Trainer:
@@ -53,6 +71,7 @@ class Trainer:
         self._world, self._board, self._keeper = world, board, keeper
         self._device = settle(placement)
 
+    @once
     def train(self, spec: OwnerModel, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
         """Trains a model of the owner's; returns when the collector has kept it."""
         benign = take(shelf, spec.benign) if isinstance(spec, Marked) else None
@@ -83,6 +102,7 @@ class Attacker:
         self._transport: ServeTransport | None = None
         self._device = settle(placement)
 
+    @once
     def steal(
         self,
         service: DeploymentHandle[Replica],
@@ -113,6 +133,7 @@ class Attacker:
         made.model.cpu()
         ray.get(collector.keep.remote(theft, made))
 
+    @once
     def wash(self, subject: Removed, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
         """See :func:`simulator.experiment.removal.wash`; returns when the collector has kept the result."""
         target = take(shelf, subject.target)
@@ -190,7 +211,9 @@ def kept(keeper: ActorHandle[Any], name: str) -> TimedCheckpoint:
     return TimedCheckpoint(read, write)
 
 
-TrainerActor = ray.remote(Trainer)
-AttackerActor = ray.remote(Attacker)
+# A call that was lost on the way is made again, however often: the worker lives. One that has died stays dead, and its
+# work goes to another (actors/workers.py).
+TrainerActor = ray.remote(max_task_retries=-1)(Trainer)
+AttackerActor = ray.remote(max_task_retries=-1)(Attacker)
 # A model that kills whoever measures it, by its size, must not do so for ever: the call is lost after some deaths.
 CollectorActor = ray.remote(max_restarts=-1, max_task_retries=MEASURE_RETRIES)(CollectorService)

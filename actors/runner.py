@@ -106,8 +106,7 @@ class RayRun:
         finally:
             deployment.wait()  # else it would go on with a Ray that is gone, and start another
             self._crew.dismiss()
-            if self._config.query_log:
-                self._directory.restore_query_log(self._plan.attacks)
+            self._directory.settle(self._plan.attacks if self._config.query_log else None)
             self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 

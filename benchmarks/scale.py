@@ -39,10 +39,11 @@ from rich.table import Table
 
 from actors.bench import CrewBench
 from actors.cluster import connected
+from actors.conversation import PACK
 from actors.devices import Placement
 from actors.layout import Layout
 from actors.runner import RayRun
-from actors.transport import PACK, direct
+from actors.transport import direct
 from benchmarks.measure import machine
 from simulator.detectors.base import Detector
 from simulator.errors import InputError

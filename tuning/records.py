@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from simulator.component import Settings, describe
 from simulator.errors import InputError
-from simulator.records.parquet import replace_file
+from simulator.files import write_atomically
 from tuning.objective import Measured
 from tuning.space import Setting
 
@@ -86,7 +87,9 @@ def write_trials(path: Path, records: Sequence[TrialRecord], config_yaml: str) -
     columns = {name: [row.get(name) for row in rows] for name in names}
     metadata = {"exsim.trials_version": SCHEMA_VERSION, "exsim.sweep": config_yaml}
     table = pa.table({name: _array(values) for name, values in columns.items()}).replace_schema_metadata(metadata)
-    replace_file(path, lambda file: pq.write_table(table, file))
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    write_atomically(path, file.getvalue())
 
 
 def read_trials(path: Path) -> list[TrialRecord]:

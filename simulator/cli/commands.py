@@ -138,6 +138,18 @@ def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: st
 @click.argument("run_dir", type=_path)
 def report(run_dir: Path) -> int:
     """Print the table of a run or a sweep and write its plots and page."""
+    try:
+        return _report(run_dir)
+    except InputError:
+        raise
+    except Exception as error:  # a directory from elsewhere may hold anything
+        raise InputError(f"{run_dir}: it cannot be reported: {one_line(error)[:300]}") from error
+
+
+def _report(run_dir: Path) -> int:
+    from simulator.files import demand_plain
+
+    demand_plain(run_dir)
     if (run_dir / "sweep" / "config.yaml").is_file():
         from tuning.report import print_sweep, write_sweep_report
 
@@ -146,14 +158,35 @@ def report(run_dir: Path) -> int:
         terminal.console().print(f"report: {terminal.shown(page)}", soft_wrap=True)
         return 0
     from simulator.records.rows import read_rows
+    from simulator.report.account import audit_run
     from simulator.report.table import render_table, write_report
 
     console = terminal.console()
-    rows = read_rows(run_dir)
-    page = write_report(run_dir)
+    rows, account = read_rows(run_dir), audit_run(run_dir)
+    page = write_report(run_dir, account)
     console.print(render_table(rows, width=console.width))
+    console.print(account.line(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {terminal.shown(page)}", soft_wrap=True)
-    return 0 if all(row.status == "ok" for row in rows) else 1
+    return 0 if account.agrees and all(row.status == "ok" for row in rows) else 1
+
+
+@exsim.command("audit-ledger")
+@click.argument("run_dir", type=_path)
+def audit_ledger(run_dir: Path) -> int:
+    """Check the query account of a run against its rows, transfer sets and query log.
+
+    Exit status 0: all agree, 1: they do not.
+    """
+    from simulator.files import demand_plain
+    from simulator.report.account import audit_run
+    from simulator.report.page import printable
+
+    demand_plain(run_dir)
+    found = audit_run(run_dir)
+    terminal.console().print(found.line(), soft_wrap=True, highlight=False, markup=False)
+    for fault in found.faults:
+        terminal.console().print(f"  {printable(fault)}", soft_wrap=True, highlight=False, markup=False)
+    return 0 if found.agrees else 1
 
 
 @exsim.command()

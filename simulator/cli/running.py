@@ -82,12 +82,15 @@ def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place
     if state == "interrupted":
         console.print(f"interrupted; {len(rows)} rows are kept. Go on with: exsim run --resume {shown}", soft_wrap=True)
         return terminal.INTERRUPTED
+    from simulator.report.account import audit_run
     from simulator.report.table import render_table, write_report
 
     console.print(render_table(rows, width=console.width))
-    page = write_report(directory.path)
+    account = audit_run(directory.path)
+    page = write_report(directory.path, account)
+    console.print(account.line(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"results: {shown}   report: {terminal.shown(page)}", soft_wrap=True)
-    return 0 if state == "done" else 1
+    return 0 if state == "done" and account.agrees else 1
 
 
 def _in_this_process(directory: RunDirectory, config: RunConfig, data: Path | None, console: Console) -> str:
@@ -154,6 +157,7 @@ def _recorded(
     from simulator.records.provenance import collect_provenance, write_run_info
 
     info = collect_provenance(sys.argv, name=config.name, mode=mode, seeds=config.seeds, config_yaml=config.to_yaml())
+    info = info.model_copy(update={"account": directory.account_head()})  # a run that is killed keeps the one before
     write_run_info(directory.path, info)
     record = _Record(Display(console, total=len(plan.victims) + len(directory.open_copies(plan))))
     try:
@@ -166,4 +170,5 @@ def _recorded(
     finally:
         warnings = [f"{row.victim}: {row.warning}" for row in directory.rows() if row.warning]
         update = {"status": record.state, "finished": datetime.now(UTC), "warnings": warnings}
+        update["account"] = directory.settled_head() or info.account
         write_run_info(directory.path, info.model_copy(update=update))

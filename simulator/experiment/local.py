@@ -60,7 +60,7 @@ class LocalRun:
                 self._log.close()
             self._ledger.close()
             if self._log is not None:
-                self._directory.restore_query_log(self._plan.attacks)
+                self._directory.settle(self._plan.attacks)
         return all(row.status == "ok" for row in self._directory.rows())
 
     async def _run(self) -> None:

@@ -6,7 +6,8 @@ directory is copied to the URI every minute and at the end; ``--resume URI`` fet
 do.
 
 What is copied is a state that the run can go on from: the ledger goes first, and only files follow that were there
-before it was read, so that no row is ever in the bucket whose queries the bucket's ledger does not know. Checkpoints
+before it was read, so that no row is ever in the bucket whose queries the bucket's ledger does not know. The ledger's
+head is read before the ledger and written after it, so that the bucket's ledger is never behind its head. Checkpoints
 stay here, for the ledger may not know all that they have asked: work under way begins anew and pays nothing twice.
 """
 
@@ -31,6 +32,8 @@ INTERVAL = 60.0
 ORDER = ("ledger", "keys", "models")
 #: what only this machine has a use for
 LEFT_OUT = ("checkpoints",)
+#: the ledger's head, which comes before the ledger in the order of names
+HEAD = Path("ledger/head.json")
 SCHEMES = ("s3", "gs", "gcs", "abfss", "file")
 
 
@@ -100,16 +103,25 @@ class RemoteDirectory:
         """
         with self._lock:
             changed = 0
+            heads: list[tuple[Path, tuple[int, int], bytes]] = []
             for name in self._files():
                 try:
                     stamp = _stamp(self.local / name)
-                    if self._copied.get(name) != stamp:
-                        self._write(name, (self.local / name).read_bytes())
-                        self._copied[name] = stamp
-                        changed += 1
+                    data = (self.local / name).read_bytes() if self._copied.get(name) != stamp else None
                 except FileNotFoundError:  # it was a temporary one
                     continue
+                if data is not None and name == HEAD:
+                    heads.append((name, stamp, data))
+                elif data is not None:
+                    self._keep(name, stamp, data)
+                changed += data is not None
+            for head in heads:
+                self._keep(*head)
             return changed
+
+    def _keep(self, name: Path, stamp: tuple[int, int], data: bytes) -> None:
+        self._write(name, data)
+        self._copied[name] = stamp
 
     def _files(self) -> list[Path]:
         """The files there are now, in the order of copying. Results are listed first, and what they rest on after."""

@@ -25,6 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from simulator.chain import Head, read_head
 from simulator.checkpoint import CheckpointFolder
 from simulator.data.dataset import Images
 from simulator.detectors.base import first_noticed
@@ -32,13 +33,15 @@ from simulator.errors import InputError
 from simulator.experiment.owner import TrainedOwner
 from simulator.experiment.removal import Washed
 from simulator.experiment.theft import Theft
-from simulator.files import LOCK, Folder, locked, write_atomically
+from simulator.files import LOCK, Folder, demand_plain, locked, write_atomically
 from simulator.models import Classifier, load_model, save_model
 from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.plan.config import RunConfig, read_config
 from simulator.plan.subjects import Marked, OwnerModel, Plan, Removed, Stolen, Subject
 from simulator.records.detections import detectors_json
+from simulator.records.provenance import read_run_info
 from simulator.records.rows import Row, read_rows
+from simulator.service.audit import check_charges
 from simulator.service.ledger import Ledger
 from simulator.service.log import restore
 from simulator.service.recording import TransferSet
@@ -96,14 +99,19 @@ class RunDirectory:
         """An earlier run's directory and configuration.
 
         Raises:
-            InputError: it is no run directory, or not writable.
+            InputError: it is no run directory, or not writable, or holds a symbolic link; or its query account was
+                damaged, cut or exchanged, or does not know what the rows say.
         """
         if not (path / "config.yaml").is_file():
             raise InputError(f"{path}: not a run directory (it has no config.yaml)")
         if not os.access(path, os.W_OK):
             raise InputError(f"{path}: cannot write the run directory there: permission denied")
+        path = path.resolve()
+        demand_plain(path)
+        directory, config = cls(path), read_config(str(path / "config.yaml"))
+        check_charges(path, directory.rows(), directory.account_head())
         (path / "logs").mkdir(exist_ok=True)
-        return cls(path.resolve()), read_config(str(path / "config.yaml"))
+        return directory, config
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -135,15 +143,24 @@ class RunDirectory:
         """The parts of the query log."""
         return Folder(self.path / "queries", ".parquet")
 
-    def restore_query_log(self, attacks: Mapping[str, str]) -> None:
-        """Adds to the query log what kills have swallowed (see :func:`simulator.service.log.restore`). No other ledger
-        has the log open now.
+    def account_head(self) -> Head | None:
+        """The head of the account as ``run.json`` has it, from the time when a run last ended here."""
+        return read_run_info(self.path).account if (self.path / "run.json").exists() else None
+
+    def settled_head(self) -> Head | None:
+        """The head of the account as it lies beside the ledger."""
+        return read_head(self.ledger)
+
+    def settle(self, attacks: Mapping[str, str] | None = None) -> None:
+        """Brings the account to its end: its head is written up to the last grant, and the query log gets what kills
+        have swallowed (see :func:`simulator.service.log.restore`). No other ledger has the log open now.
 
         Args:
-            attacks: the attack behind each account.
+            attacks: the attack behind each account; None where there is no query log.
         """
         ledger = Ledger(self.ledger)
-        restore(self.path / "queries", ledger, attacks)
+        if attacks is not None:
+            restore(self.path / "queries", ledger, attacks)
         ledger.close()
 
     @cached_property

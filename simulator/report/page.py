@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from simulator.files import write_atomically
 from simulator.records.provenance import RunInfo
 
 NONE = "–"
@@ -74,6 +75,7 @@ def write_page(
     info: RunInfo,
     markdown: str,
     drawn: Mapping[str, str | None],
+    more: Sequence[tuple[str, str]] = (),
     **values: Any,
 ) -> Path:
     """Writes a report's folder; returns the path of its ``index.html``.
@@ -82,18 +84,18 @@ def write_page(
         template: which extends ``base.html``.
         markdown: what ``table.md`` holds.
         drawn: SVGs by name, each a file of its own; one that could not be drawn is None, and its old file goes.
+        more: facts beside those of ``info``: names and values.
         values: what the template asks for; the inlined plots are ``svgs``, and ``info`` and ``facts`` are there.
     """
     from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
 
-    report.mkdir(exist_ok=True)
     for name, svg in drawn.items():
         file = report / f"{name}.svg"
         if svg is None:
             file.unlink(missing_ok=True)
         else:
-            file.write_text(svg, encoding="utf-8")
-    (report / "table.md").write_text(markdown, encoding="utf-8")
+            write_atomically(file, svg.encode())
+    write_atomically(report / "table.md", markdown.encode())
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent / "templates"]),
         autoescape=True,
@@ -103,6 +105,6 @@ def write_page(
     )
     svgs = {name: plots.inline(svg, name) for name, svg in drawn.items() if svg}
     page = report / "index.html"
-    text = environment.get_template(template.name).render(info=info, facts=facts(info), svgs=svgs, **values)
-    page.write_text(text, encoding="utf-8")
+    text = environment.get_template(template.name).render(info=info, facts=[*facts(info), *more], svgs=svgs, **values)
+    write_atomically(page, text.encode())
     return page

@@ -18,11 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from simulator.errors import InputError
+from simulator.files import demand_plain
 from simulator.records.provenance import RunInfo, read_run_info
 from simulator.records.rows import Row, read_rows
 from simulator.report import page, removals
+from simulator.report.account import audit_run
 from simulator.report.lines import Labels, Line, doubts, lines, stat, thresholds
 from simulator.report.page import NONE, Column, markdown_cell, printable
+from simulator.service.audit import Audit
 
 LEGEND = (
     "WSR: watermark success rate with its 95 % Wilson interval; several seeds: mean ± standard deviation. "
@@ -112,8 +115,12 @@ def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
     return table
 
 
-def markdown_table(rows: Iterable[Row]) -> str:
-    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below."""
+def markdown_table(rows: Iterable[Row], account: str | None = None) -> str:
+    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below.
+
+    Args:
+        account: what an audit says of the query account.
+    """
     found = lines(rows)
     text = [*page.markdown_table(columns(found), found), "", _legend(found), ""]
     if after := removals.outcomes(found):
@@ -121,20 +128,26 @@ def markdown_table(rows: Iterable[Row]) -> str:
         text += ["## After the theft", "", *page.markdown_table(shown, after), "", removals.legend(after), ""]
     text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
     text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
+    text += [] if account is None else [f"- {markdown_cell(account)}"]
     return "\n".join(text).rstrip() + "\n"
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, account: Audit | None = None) -> Path:
     """Write ``report/`` and return the path of its ``index.html``.
 
+    Args:
+        account: the audit of the run's query account, if it was made already.
+
     Raises:
-        InputError: ``run_dir`` is no run, holds no row yet, or holds a file that cannot be read.
+        InputError: ``run_dir`` is no run, holds no row yet, or holds a symbolic link or a file that cannot be read.
     """
     from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
 
+    demand_plain(run_dir)
     info, rows = read_run_info(run_dir), read_rows(run_dir)
     if not rows:
         raise InputError(f"{run_dir} holds no results yet: there is nothing to report")
+    account = account or audit_run(run_dir)
     found = lines(rows)
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
     told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts tell them by the line's name
@@ -148,9 +161,10 @@ def write_report(run_dir: Path) -> Path:
         run_dir / "report",
         Path(__file__).parent / "templates" / "report.html",
         info,
-        markdown_table(rows),
+        markdown_table(rows, account.line()),
         drawn,
-        alarms=[*_alarms(info, found), *(each for each in info.warnings if each not in told), *doubts(found)],
+        more=[("query account", account.line().removeprefix("account: "))],
+        alarms=[*_alarms(info, found, account), *(each for each in info.warnings if each not in told), *doubts(found)],
         classes=_classes,
         cell=_page_cell,
         columns=shown,
@@ -173,8 +187,8 @@ _ALIKE = ("architecture", "seeds")  #: columns that leave the page where they sa
 _SETTING = ("dataset", "watermark", "attack", "pool", "labels", "architecture", "budget", "queries", "seeds")
 
 
-def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
-    notes = []
+def _alarms(info: RunInfo, found: Sequence[Line], account: Audit) -> list[str]:
+    notes = [] if account.agrees else [account.line()]
     if info.status != "done":
         notes.append(f"this run is not complete (status: {info.status}); the table holds what it has measured so far")
     failures = sum(line.failed for line in found)
