@@ -130,7 +130,7 @@ class RayRun:
         scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows)
         await asyncio.gather(_opened(bench, deployment), scheduler.measure_all((*self._plan.victims, *self._open)))
 
-    # -- the watch: display and room -------------------------------------------------------------------------------------
+    # -- the watch: display and room -----------------------------------------------------------------------------------
 
     async def _watch(self, bench: CrewBench, over: asyncio.Event) -> None:
         while not over.is_set():
