@@ -50,7 +50,7 @@ class Halving(Settings):
 
 
 class Holdout(Settings):
-    """Seeds and attacks that the search does not see. Its attacks are added to those of the search."""
+    """Seeds and attacks that the search does not see. The attacks are added to those of the search."""
 
     seeds: tuple[Seed, ...] = (100, 101, 102)
     scenarios: tuple[ScenarioConfig, ...] = ()

@@ -58,7 +58,7 @@ class Workshop:
 
     def __init__(self, path: str, config: SweepConfig, crew: Crew) -> None:
         self._directory, self._config, self._crew = RunDirectory(Path(path)), config, crew
-        # measurements of victims, half-trained or whole; the rows alone hold one benign WSR for all key filters
+        # measurements of victims, half-trained or whole: the rows hold only one benign WSR for all key filters
         self._victims = Folder(Path(path) / "sweep" / "victims", ".json")
         self._rows: dict[Place, Row] = {}
         self._new_rows: list[Row] = []

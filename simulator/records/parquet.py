@@ -1,4 +1,4 @@
-"""Parquet parts: one file a record, written atomically, read back with their schema checked.
+"""Parquet parts: small files, written atomically, whose schema is checked when they are read.
 
 The Arrow schema of a folder follows from the pydantic model of its records (:func:`arrow_schema`).
 """
@@ -59,7 +59,7 @@ def write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, confi
     part = pa.Table.from_pylist([record.model_dump() for record in records], schema=schema)
 
     def write(file: Path) -> None:
-        # Arrow's own copy of the schema would hold the metadata once more, which is most of a part of one row
+        # Arrow's copy of the schema would repeat the metadata, which is most of a part with one row
         with pq.ParquetWriter(file, schema, store_schema=False) as writer:
             writer.add_key_value_metadata(metadata)
             writer.write_table(part)
@@ -69,9 +69,10 @@ def write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, confi
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside ``path`` and move it there: a reader sees the old file or the new one, never half of it."""
+    """Writes a file beside ``path`` and moves it there, so a reader sees the old file or the new one, never half of
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # hidden and with another suffix, so that a writer killed here leaves nothing that *.parquet would match
+    # The name is hidden and has another suffix, so that *.parquet does not match what a killed writer leaves.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
@@ -89,14 +90,14 @@ def read_parts(folder: Path, schemas: Mapping[str, pa.Schema]) -> Iterator[tuple
         schemas: the columns of each schema version that is read.
 
     Yields:
-        The part, the config in its metadata as JSON, and a record of it.
+        ``(part, config, record)``: the file, the config in its metadata as JSON, and one of its records.
 
     Raises:
         InputError: a part is corrupt, of another schema version, or has not the columns of its version.
     """
     for path in sorted(folder.glob("part-*.parquet")):
         try:
-            with pq.ParquetFile(path) as file:  # not read_table: it would take a folder named a=b for a partition
+            with pq.ParquetFile(path) as file:  # read_table would take a folder named a=b for a partition
                 part = file.read()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from None

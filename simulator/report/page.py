@@ -19,8 +19,8 @@ Of = TypeVar("Of")
 
 @dataclass(frozen=True)
 class Column(Generic[Of]):
-    """A column of a table: its name in the code, its heading and what it says of a line. Text stands left, numbers
-    stand right."""
+    """A column of a table: its name in the code, its heading, and the function that gives a line's cell. Text stands
+    left, numbers right."""
 
     key: str
     heading: str
@@ -29,12 +29,12 @@ class Column(Generic[Of]):
 
 
 def printable(text: str) -> str:
-    """One line without control characters: an error may hold a traceback, or the escape codes of a terminal."""
+    """Text as one line without control characters. An error may hold a traceback, or the escape codes of a terminal."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def markdown_cell(text: str) -> str:
-    """Text as it may stand in a cell of a Markdown table."""
+    """Text, escaped for a cell of a Markdown table."""
     escaped = html.escape(printable(text), quote=False)
     for letter in "\\|*_`[]~":
         escaped = escaped.replace(letter, "\\" + letter)
@@ -51,7 +51,7 @@ def markdown_table(columns: Sequence[Column[Of]], lines: Sequence[Of]) -> list[s
 
 
 def facts(info: RunInfo) -> list[tuple[str, str]]:
-    """Where a run's figures come from: names and values for its page."""
+    """The provenance of a run, as names and values for its page."""
     took = NONE if info.finished is None else str(info.finished - info.started).partition(".")[0]
     commit = NONE if info.git_commit is None else info.git_commit + (" + changes" if info.git_dirty else "")
     return [
@@ -79,12 +79,13 @@ def write_page(
     """Writes a report's folder; returns the path of its ``index.html``.
 
     Args:
-        template: which extends ``base.html``.
-        markdown: what ``table.md`` holds.
-        drawn: SVGs by name, each a file of its own; one that could not be drawn is None, and its old file goes.
-        values: what the template asks for; the inlined plots are ``svgs``, and ``info`` and ``facts`` are there.
+        template: a template that extends ``base.html``.
+        markdown: the text of ``table.md``.
+        drawn: SVGs by name; each becomes a file. None stands for a plot that could not be drawn; its old file is
+            removed.
+        values: the template's variables beside ``svgs`` (the inlined plots), ``info`` and ``facts``.
     """
-    from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
+    from simulator.report import plots  # imported late: matplotlib takes a while, and the terminal's table does without
 
     report.mkdir(exist_ok=True)
     for name, svg in drawn.items():
