@@ -3,9 +3,9 @@
 The model of the cost:
 
 - A training step on an image costs as much as three forward passes: one forward, two backward. Answering and measuring
-cost one. Image passes are counted by architecture.
+  cost one. Image passes are counted by architecture.
 - Seconds for one image are measured on this machine (:func:`calibrate`), about a second for each architecture, on one
-thread, as an actor computes. Operations are counted by torch's own counter on tensors without data.
+  thread, as an actor computes. Operations are counted by torch's own counter on tensors without data.
 - Not counted: starting processes, reading data, making pools and triggers, an attack's own search (k-center, a bandit's
   policy), the generator of a data-free attack, and the way of a query through the service. docs/cluster.md compares
   estimates with runs.
