@@ -1,4 +1,4 @@
-"""``exsim sweep``: reads, checks, runs, reports; the exit statuses of ``exsim run``."""
+"""``exsim sweep``: reads, checks, runs, reports. Its exit statuses are those of ``exsim run``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _run_in(
     *,
     new: bool,
 ) -> int:
-    """Runs in a directory that no other process works in, then reports."""
+    """Runs in a locked directory, then reports."""
     info = collect_provenance(sys.argv, name=config.name, mode="ray", seeds=config.seeds, config_yaml=config.to_yaml())
     info = info.model_copy(update={"account": directory.account_head()})
     write_run_info(directory.path, info)

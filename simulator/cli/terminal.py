@@ -1,4 +1,4 @@
-"""What every command does alike: the terminal, paths as a person types them, and Ray kept quiet."""
+"""What all commands share: the terminal, paths as a person types them, and settings that keep Ray quiet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Typed(click.Path):
 
 
 def console() -> Console:
-    """The terminal; a table that goes to a file or a pipe is 120 columns wide."""
+    """The terminal. For a file or a pipe it is 120 columns wide."""
     found = Console()
     return found if found.is_terminal else Console(width=120)
 
@@ -37,6 +37,6 @@ def shown(path: Path) -> str:
 
 
 def quiet_ray() -> None:
-    """Settings that Ray reads at import: no usage report, no deprecation notes on the user's terminal."""
+    """Makes the settings that Ray reads at import: no usage report, no deprecation notes on the user's terminal."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -50,7 +50,7 @@ class LocalRun:
     def run(self) -> bool:
         """Runs everything that is not done yet; returns whether every row is good.
 
-        What fails becomes a row with its error, and the rest goes on.
+        A failure becomes a row with its error, and the rest goes on.
         """
         use_one_thread()
         try:
@@ -72,7 +72,7 @@ class LocalRun:
         """See :class:`~simulator.experiment.schedule.Bench`."""
         try:
             made = self._make(subject)
-        except Exception as error:  # whatever fails becomes a row
+        except Exception as error:  # every failure becomes a row
             raise WorkFailed(one_line(error), self._spent(subject)) from error
         self._collector.keep(subject, made)
 
@@ -137,7 +137,7 @@ def _run_at_once(work: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run_until_complete(work)
     finally:
-        if left := asyncio.all_tasks(loop):  # those that waited for what was interrupted
+        if left := asyncio.all_tasks(loop):  # tasks that waited for the interrupted one
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(left))

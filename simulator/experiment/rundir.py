@@ -1,9 +1,9 @@
-"""A run's directory: what is where, and what of it is already done.
+"""A run's directory: where its files lie, and which work is already done.
 
 run.json  config.yaml  results/  detections/  models/  keys/  ledger/  queries/  transfer/  report/  logs/  .lock
 
-One process works in it at a time, by a lock on ``.lock`` (see :func:`simulator.files.try_lock` for network file
-systems), which the system takes from a process that ends, however it ends.
+One process works in it at a time. It holds a lock on ``.lock``, which the system releases when the process ends,
+however it ends (see :func:`simulator.files.try_lock` for network file systems).
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from simulator.tensorfile import read_tensors, write_tensors
 
 @dataclass(frozen=True)
 class Copy:
-    """A thief's model with what is measured of it.
+    """A thief's model, with what was noted when it was made.
 
     Attributes:
-        queries: victim images that its theft was answered, by the thief's own count; 0 without a theft.
-        seconds: of making it from its parent.
-        snapshots: the model at stages of the budget: number of queries, and model.
-        detectors: that watched its accounts, as in a row.
-        noticed: images after which the first of them noticed it; None for never.
+        queries: victim images that its theft was answered, by the thief's own count. It is 0 without a theft.
+        seconds: time of making it from its parent.
+        snapshots: ``(queries, model)`` at stages of the budget.
+        detectors: the detectors that watched its accounts, as JSON.
+        noticed: images after which the first detector noticed it; None if none did.
     """
 
     model: Classifier
@@ -87,7 +87,7 @@ class RunDirectory:
             _demand_unused(path)
             path.mkdir(parents=True, exist_ok=True)
             with locked(path):
-                _demand_unused(path)  # it may have been made since
+                _demand_unused(path)  # another process may have made it since
                 (path / "logs").mkdir(exist_ok=True)
                 write_atomically(path / "config.yaml", config.to_yaml().encode())
         except OSError as error:
@@ -115,22 +115,22 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps every other process from working in the directory, inside the block.
+        """Locks the directory against other processes inside the block.
 
         Raises:
-            InputError: another process does so now.
+            InputError: another process holds the lock.
         """
         with locked(self.path):
             yield
 
     def discard(self) -> None:
-        """Removes the directory of a run that could not begin; once there is a model or a row, everything stays."""
+        """Removes the directory of a run that could not begin. A directory with a model or a row stays."""
         if not any(any((self.path / part).glob("*")) for part in ("models", "results")):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def ledger(self) -> Path:
-        """The query account."""
+        """The file of the query ledger."""
         return self.path / "ledger" / "ledger.log"
 
     @property
@@ -178,7 +178,7 @@ class RunDirectory:
         return {account: self.token(account) for account in theft.accounts}
 
     def token(self, account: str) -> str:
-        """The secret token of an account; the same when the run is resumed."""
+        """The secret token of an account. A resumed run has the same."""
         return hmac.new(self._secret, account.encode(), hashlib.sha256).hexdigest()
 
     def has(self, subject: Subject) -> bool:
@@ -186,14 +186,16 @@ class RunDirectory:
         file = self._model(subject.file)
         if isinstance(subject, OwnerModel):
             return file.exists()
-        try:  # earlier versions kept no counts beside a copy, which cannot be measured without them
+        try:  # a copy of an earlier version lacks the counts that measuring needs
             return "copy" in _metadata(file)
         except InputError:  # absent, or damaged: it is made again, and pays nothing twice
             return False
 
     def save_owner(self, spec: OwnerModel, owner: TrainedOwner) -> None:
-        """Writes an owner's model, key (with what it was filtered from, so that a WSR before the filter can be had
-        later) and triggers; the model last, as the sign that all is there."""
+        """Writes an owner's model, key and triggers. The model comes last, as the sign that all is there.
+
+        The samples that the key was filtered from are written, too, for a WSR before the filter.
+        """
         if owner.candidates is not None:
             save_key(owner.candidates, self.path / "keys" / f"{spec.id}.candidates.safetensors")
         if owner.key is not None and owner.triggers is not None:
@@ -203,7 +205,7 @@ class RunDirectory:
         save_model(owner.model, self._model(spec.file), {"owner": json.dumps(header)})
 
     def check_owners(self, plan: Plan) -> None:
-        """Sees that every model and key of the owner's that lies here can be read.
+        """Checks that every model and key of the owner in this directory can be read.
 
         Raises:
             InputError: one is damaged.
@@ -248,12 +250,12 @@ class RunDirectory:
         return TransferSet.of([data for data in files if data is not None], subject.label)
 
     def load_model(self, subject: Subject) -> Classifier:
-        """A model that lies here, without what belongs to it."""
+        """A model of this directory, without key or counts."""
         return load_model(self._model(subject.file))[0]
 
     def save_theft(self, theft: Stolen, made: Theft) -> None:
-        """Writes a stolen model, the models of its budget curve, and its transfer sets if they were kept; the model
-        last, as the sign that all is there."""
+        """Writes a stolen model, the models of its budget curve, and its transfer sets if they were kept. The model
+        comes last, as the sign that all is there."""
         for account, transfer_set in made.transfer_sets.items():
             write_atomically(self.path / "transfer" / f"{account}.safetensors", transfer_set)
         for queries, model in made.snapshots:
@@ -277,7 +279,7 @@ class RunDirectory:
         save_model(model, self._model(subject.file), {"copy": json.dumps(header), "stolen": json.dumps(about)})
 
     def load_copy(self, subject: Stolen | Removed) -> Copy:
-        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy has its theft's queries."""
+        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy takes over its theft's query count."""
         model, header = self._load(subject, "copy")
         theft = subject.theft
         count = header if isinstance(subject, Stolen) else self._header(theft, "copy") if theft else {"queries": 0}
@@ -302,8 +304,8 @@ class RunDirectory:
             raise InputError(f"{file}: not a model of this run") from None
 
     def save_test(self, test: Images, held_out: Images | None = None) -> None:
-        """Lays the test images, and the attacker's where benign clients need them, ready for a collector in another
-        process, until :meth:`clear_test`."""
+        """Writes the test images for a collector in another process, until :meth:`clear_test`. ``held_out`` are the
+        attacker's images, which benign clients need."""
         tensors = {"images": test.images, "labels": test.labels}
         if held_out is not None:
             tensors |= {"held_out": held_out.images, "held_out_labels": held_out.labels}
@@ -320,7 +322,7 @@ class RunDirectory:
         self.checkpoints.clear("test")
 
     def rows(self) -> list[Row]:
-        """The rows so far; none for a run that has not measured anything."""
+        """The rows so far; none if nothing has been measured yet."""
         return read_rows(self.path) if any((self.path / "results").glob("*.parquet")) else []
 
     def open_copies(self, plan: Plan) -> list[Stolen | Removed]:
@@ -356,6 +358,6 @@ def _demand_unused(path: Path) -> None:
 
 
 def _unused(path: Path) -> Path:
-    """The path, or with a number behind it where another run has begun in the same second."""
+    """The path, or the path with a number, e.g. ``…_digits-2``, if another run has begun in the same second."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(each for each in itertools.chain([path], numbered) if not each.exists())

@@ -1,4 +1,4 @@
-"""Parquet parts: one file a record, written atomically, read back with their schema checked.
+"""Parquet parts: small files, written atomically, whose schema is checked when they are read.
 
 The Arrow schema of a folder follows from the pydantic model of its records (:func:`arrow_schema`).
 """
@@ -73,14 +73,14 @@ def read_parts(folder: Path, schemas: Mapping[str, pa.Schema]) -> Iterator[tuple
         schemas: the columns of each schema version that is read.
 
     Yields:
-        The part, the config in its metadata as JSON, and a record of it.
+        ``(part, config, record)``: the file, the config in its metadata as JSON, and one of its records.
 
     Raises:
         InputError: a part is corrupt, of another schema version, or has not the columns of its version.
     """
     for path in sorted(folder.glob("part-*.parquet")):
         try:
-            with pq.ParquetFile(path) as file:  # not read_table: it would take a folder named a=b for a partition
+            with pq.ParquetFile(path) as file:  # read_table would take a folder named a=b for a partition
                 part = file.read()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from None

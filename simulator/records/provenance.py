@@ -72,7 +72,7 @@ def collect_provenance(
 
 def write_run_info(run_dir: Path, info: RunInfo) -> Path:
     """Write ``run.json``, atomically."""
-    checked = RunInfo.model_validate(info.model_dump())  # model_copy(update=...) checks nothing
+    checked = RunInfo.model_validate(info.model_dump())  # because model_copy(update=...) checks nothing
     path = run_dir / "run.json"
     write_atomically(path, (checked.model_dump_json(indent=2) + "\n").encode())
     return path
@@ -111,7 +111,7 @@ def _git(source: Path) -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", source.name)  # installed inside somebody else's checkout: not our commit
+        git("ls-files", "--error-unmatch", source.name)  # fails in a foreign checkout that we are installed in
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None

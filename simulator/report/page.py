@@ -20,8 +20,8 @@ Of = TypeVar("Of")
 
 @dataclass(frozen=True)
 class Column(Generic[Of]):
-    """A column of a table: its name in the code, its heading and what it says of a line. Text stands left, numbers
-    stand right."""
+    """A column of a table: its name in the code, its heading, and the function that gives a line's cell. Text stands
+    left, numbers right."""
 
     key: str
     heading: str
@@ -30,12 +30,12 @@ class Column(Generic[Of]):
 
 
 def printable(text: str) -> str:
-    """One line without control characters: an error may hold a traceback, or the escape codes of a terminal."""
+    """Text as one line without control characters. An error may hold a traceback, or the escape codes of a terminal."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def markdown_cell(text: str) -> str:
-    """Text as it may stand in a cell of a Markdown table."""
+    """Text, escaped for a cell of a Markdown table."""
     escaped = html.escape(printable(text), quote=False)
     for letter in "\\|*_`[]~":
         escaped = escaped.replace(letter, "\\" + letter)
@@ -52,7 +52,7 @@ def markdown_table(columns: Sequence[Column[Of]], lines: Sequence[Of]) -> list[s
 
 
 def facts(info: RunInfo) -> list[tuple[str, str]]:
-    """Where a run's figures come from: names and values for its page."""
+    """The provenance of a run, as names and values for its page."""
     took = NONE if info.finished is None else str(info.finished - info.started).partition(".")[0]
     commit = NONE if info.git_commit is None else info.git_commit + (" + changes" if info.git_dirty else "")
     return [
@@ -87,7 +87,7 @@ def write_page(
         more: facts beside those of ``info``: names and values.
         values: what the template asks for; the inlined plots are ``svgs``, and ``info`` and ``facts`` are there.
     """
-    from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
+    from simulator.report import plots  # imported late: matplotlib takes a while, and the terminal's table does without
 
     for name, svg in drawn.items():
         file = report / f"{name}.svg"

@@ -1,7 +1,7 @@
 """The report of a run: a table for the terminal, ``table.md``, the plots, and one self-contained HTML page.
 
-It reads nothing but the run directory, so a report can be made again anywhere, at any time, also of a run that still
-goes on. What it says comes from ``results/`` and ``run.json``; ``config.yaml`` is shown as it is.
+It reads only the run directory, so a report can be made again anywhere and at any time, also of a run that still goes
+on. Its figures come from ``results/`` and ``run.json``; ``config.yaml`` is shown unchanged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FILTERED = (
 
 
 def columns(found: Sequence[Line]) -> list[Column[Line]]:
-    """The columns that say something about at least one of the lines."""
+    """The columns that are filled in at least one line."""
     labels = Labels(found)
     every = [
         Column("dataset", "dataset", lambda line: line.row.dataset if labels.datasets else NONE, text=True),
@@ -66,16 +66,17 @@ def columns(found: Sequence[Line]) -> list[Column[Line]]:
     return [column for column in every if column.key in needed or any(column.cell(line) != NONE for line in found)]
 
 
-# Known of victims alone: where space is dear they stand with the victim, not in columns.
+# Only victims have these rates. Where space is short, they stand beside the victim, not in columns.
 _OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
 
-# What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell, and the
-# size of a key, without which no verdict can be judged, into the watermark's.
+# Columns that leave a narrow terminal, first to last. Those that tell lines apart move into the attack's cell. The size
+# of a key moves into the watermark's cell, because no verdict can be judged without it.
 _GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "test", "key", "verified", "labels")
 
 
 def _noticed(line: Line) -> str:
-    """After how many answered images a detector noticed the theft: the median over the seeds in which one did."""
+    """The number of answered images after which a detector noticed the theft: the median over the seeds with a
+    notice."""
     watched = [row for row in line.rows if row.role == "stolen" and row.detectors is not None]
     times = [row.detected_at for row in watched if row.detected_at is not None]
     if not watched:
@@ -89,7 +90,8 @@ def _noticed(line: Line) -> str:
 def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
     """The rows as a table at most ``width`` characters wide.
 
-    What does not fit leaves, columns that say the same of every attack first; a note below the table says so.
+    Columns that do not fit are left out, first those that say the same of every attack. A note below the table names
+    them.
     """
     found = lines(rows)
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
@@ -150,7 +152,7 @@ def write_report(run_dir: Path, account: Audit | None = None) -> Path:
     account = account or audit_run(run_dir)
     found = lines(rows)
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
-    told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts tell them by the line's name
+    told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts repeats these under the line's name
     alike = [column for column in shown if column.key in _ALIKE and len({column.cell(line) for line in found}) == 1]
     shown = [column for column in shown if column not in alike]
     before = [column for column in shown if column.key in _SETTING]
@@ -183,7 +185,7 @@ def write_report(run_dir: Path, account: Audit | None = None) -> Path:
     )
 
 
-_ALIKE = ("architecture", "seeds")  #: columns that leave the page where they say the same of every line
+_ALIKE = ("architecture", "seeds")  #: columns left out of the page if they say the same of every line
 _SETTING = ("dataset", "watermark", "attack", "pool", "labels", "architecture", "budget", "queries", "seeds")
 
 
@@ -200,7 +202,7 @@ def _alarms(info: RunInfo, found: Sequence[Line], account: Audit) -> list[str]:
 
 
 def _legend(found: Sequence[Line]) -> str:
-    """With a word on the rates that the key filter makes what they are, where there are such."""
+    """The legend. It explains rates that the key filter alone decides, if there are any."""
     made = any(row.by_construction for line in found for row in line.rows)
     return f"{LEGEND} {FILTERED}" if made else LEGEND
 
@@ -223,7 +225,7 @@ def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[
         caption.append(f"\nfailed: {printable(error)}", style="not dim red")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_style="")
     for column in shown:
-        # names may fold, numbers may not
+        # names may wrap, numbers may not
         limit = {"watermark": 24, "attack": 30, "pool": 14, "architecture": 14}.get(column.key)
         align: Any = "left" if column.text else "right"
         heading = Text(_HEADINGS.get(column.key, column.heading))
@@ -256,7 +258,8 @@ def _cell(line: Line, column: Column[Line], moved: Sequence[Column[Line]]) -> st
 
 
 def _page_cell(line: Line, column: Column[Line]) -> list[str]:
-    """What stands in a cell of the page, and in small letters below: intervals, and what is known of victims alone."""
+    """A cell of the page: its text, then the lines in small letters below (intervals, and rates that only victims
+    have)."""
     text = column.cell(line)
     if column.key == "wsr" and text.endswith("]"):
         value, _, interval = text.partition(" ")
@@ -267,13 +270,13 @@ def _page_cell(line: Line, column: Column[Line]) -> list[str]:
 
 
 def _of_victims(line: Line) -> dict[str, str]:
-    """The rates that are known of victims alone, by their names."""
+    """The rates that only victims have, by their names."""
     rates = {label: _rate(line.rows, key) for key, label in _OF_VICTIMS.items()}
     return {label: rate for label, rate in rates.items() if rate != NONE}
 
 
 def _claim(line: Line, column: Column[Line]) -> str:
-    """How a cell bears on the verdict: ``yes``, ``partly``, ``false-claim``, or nothing."""
+    """What a cell says about the verdict: ``yes``, ``partly``, ``false-claim``, or nothing."""
     if column.key == "control" and any(row.verified for row in line.controls):
         return "false-claim"
     claimed = [row.verified for row in line.rows if row.verified is not None]
@@ -305,7 +308,7 @@ def _constant(found: Sequence[Line], shown: Sequence[Column[Line]]) -> list[str]
 
 
 def _rate(rows: Sequence[Row], field: str) -> str:
-    """``"91.2"``, ``"91.2 ± 0.4"`` for several seeds."""
+    """A rate in percent, e.g. ``"91.2"``, or ``"91.2 ± 0.4"`` for several seeds."""
     value = stat(getattr(row, field) for row in rows)
     if value is None:
         return NONE
@@ -313,7 +316,8 @@ def _rate(rows: Sequence[Row], field: str) -> str:
 
 
 def _wsr(rows: Sequence[Row]) -> str:
-    """As :func:`_rate`, ``"45.3 [38.1, 52.7]"`` for one seed, ``"100.0"`` where the filter made it so."""
+    """As :func:`_rate`, but ``"45.3 [38.1, 52.7]"`` for one seed, and ``"100.0"`` if the key filter alone decides
+    it."""
     if all(row.by_construction for row in rows):
         return f"{100 * (rows[0].wsr or 0):.1f}"
     low, high = rows[0].wsr_low, rows[0].wsr_high
@@ -322,14 +326,14 @@ def _wsr(rows: Sequence[Row]) -> str:
 
 
 def _key(line: Line) -> str:
-    """How many samples the key has, from its smallest to its largest over the seeds."""
+    """How many samples the key has; ``"90–100"`` if that varies over the seeds."""
     sizes = [row.key_samples for row in line.rows if row.key_samples is not None]
     return NONE if not sizes else str(sizes[0]) if len({*sizes}) == 1 else f"{min(sizes)}–{max(sizes)}"
 
 
 def _control(line: Line) -> str:
     if line.good_controls:
-        # without the interval: it has its own row in the data, and the column stays readable
+        # no interval, so that the column stays readable; the data has a row for it
         rows = line.good_controls
         return _wsr(rows) if all(row.by_construction for row in rows) else _rate(rows, "wsr")
     return "failed" if line.controls else NONE
