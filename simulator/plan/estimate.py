@@ -185,7 +185,8 @@ def architectures(plan: Plan) -> list[str]:
     owners = {spec.architecture for spec in plan.benigns}
     filters = {spec.key_filter.architecture for spec in plan.victims}
     thieves = {stage.architecture for stage in _stages(plan)}
-    return sorted(name for name in owners | filters | thieves if name)
+    washed = {removed.architecture for removed in plan.removals}
+    return sorted(name for name in owners | filters | thieves | washed if name)
 
 
 def _stages(plan: Plan) -> list[StageConfig]:

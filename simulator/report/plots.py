@@ -34,6 +34,8 @@ STYLE = {
 }
 #: most points of WSR by which a control is moved
 JITTER = 1.5
+#: points of accuracy that a removal may cost and still be shown where it lies
+DEAREST = 30
 _BARE = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -229,28 +231,31 @@ def svg_of(figure: Figure) -> str:
 def after_the_theft(found: Sequence[Outcome], labels: Labels) -> str:
     """WSR against accuracy of every removal, one panel a washed model, SVG.
 
-    The star is the model before any removal; the shaded part is what a thief can afford. Hollow are the controls.
+    The star is the model before any removal; the shaded part is what a thief can afford. Hollow are the controls. What
+    costs more than :data:`DEAREST` points stands at the left edge.
     """
+    found = sorted(found, key=lambda each: labels.panel(each.source.row))  # a victim beside its copies
     looks = _looks(sorted({line.row.removal or "" for each in found for line, _ in each.removals}))
     with matplotlib.style.context(["default", STYLE]):
-        columns = min(3, len(found))
+        columns = min(2 if len(found) < 7 else 4, len(found))
         down = -(-len(found) // columns)
-        figure = Figure(figsize=(2.6 + 3.4 * columns, 1.0 + 3.0 * down))
+        figure = Figure(figsize=(2.0 + 2.9 * columns, 1.0 + 2.7 * down))
         figure.set_layout_engine("constrained")
         grid = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
         for at, axes in enumerate(grid.flat):
             axes.set_visible(at < len(found))
-        for at, (axes, each) in enumerate(zip(grid.flat, found, strict=False)):
-            before = stat(row.accuracy for row in each.source.rows)
-            assert before is not None
+        before = [stat(row.accuracy for row in each.source.rows) for each in found]
+        left = max(0.0, min(100 * rate.mean for rate in before if rate is not None) - DEAREST)
+        for at, (axes, each, rate) in enumerate(zip(grid.flat, found, before, strict=False)):
+            assert rate is not None
             name = each.source.row.attack or each.source.row.role
-            axes.set(title=f"{labels.panel(each.source.row)}, {name}", ylim=(-4, 104), xlim=(0, 102))
-            axes.axvspan(100 * (before.mean - each.allowed), 102, color=GRID, alpha=0.25, linewidth=0)
+            axes.set(title=f"{labels.panel(each.source.row)}, {name}", ylim=(-4, 104), xlim=(left - 1.5, 101.5))
+            axes.axvspan(100 * (rate.mean - each.allowed), 101.5, color=GRID, alpha=0.25, linewidth=0)
             _thresholds(axes, each.source.rows)
             for line, _ in each.removals:
                 for group, hollow in ((line.good_controls, True), (line.rows, False)):
-                    _removal(axes, group, looks[line.row.removal or ""], hollow)
-            _removal(axes, each.source.rows, (INK, "*"), hollow=False)
+                    _removal(axes, group, looks[line.row.removal or ""], left, hollow=hollow)
+            _removal(axes, each.source.rows, (INK, "*"), left)
             if at % columns == 0:
                 axes.set_ylabel("WSR, %")
             if at + columns >= len(found):
@@ -264,9 +269,13 @@ def after_the_theft(found: Sequence[Outcome], labels: Labels) -> str:
         return svg_of(figure)
 
 
-def _removal(axes: Axes, rows: Iterable[Row], look: tuple[str, str], hollow: bool) -> None:
+def _removal(axes: Axes, rows: Iterable[Row], look: tuple[str, str], left: float, *, hollow: bool = False) -> None:
     colour, marker = look
-    points = [(100 * row.accuracy, 100 * row.wsr) for row in rows if row.accuracy is not None and row.wsr is not None]
+    points = [
+        (max(left, 100 * row.accuracy), 100 * row.wsr)
+        for row in rows
+        if row.accuracy is not None and row.wsr is not None
+    ]
     size = 12 if marker == "*" else 4 if hollow else 7
     style: dict[str, Any] = {"markersize": size, "markerfacecolor": "none" if hollow else colour, "linestyle": ""}
     for x, y in points:
