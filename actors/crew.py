@@ -68,6 +68,8 @@ class Crew:
         _end_service(_app_name(directory))
         # by way of the disk: an actor with arguments in the object store cannot be started again for certain
         directory.save_test(world.dataset.test, world.dataset.attacker if config.detectors else None)
+        if config.evades:
+            directory.save_world(world)
         crew = cls(
             layout,
             config.resources.precision,

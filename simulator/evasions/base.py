@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -21,7 +22,12 @@ class Guard(ABC):
 
     It takes the images of the oracle behind it and has the budget of that oracle. What is random of an answer follows
     from the image's pixels. So an image that is asked again gets the same answer, in whatever batch it comes.
+
+    Attributes:
+        threshold: images of a larger suspicion are flagged: taken for the owner's queries.
     """
+
+    threshold = math.inf
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle
@@ -41,8 +47,9 @@ class Guard(ABC):
         return None
 
     def flags(self, images: Tensor) -> Tensor | None:
-        """Which images are taken for the owner's queries, ``(B,)`` bool; None where the evasion flags none."""
-        return None
+        """Which images are flagged, ``(B,)`` bool; None where the evasion flags no query."""
+        suspicion = self.suspicion(images)
+        return None if suspicion is None else suspicion > self.threshold
 
 
 class Evasion(Component):

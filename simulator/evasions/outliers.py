@@ -96,13 +96,7 @@ class Outliers(Evasion):
 
 
 class OutlierGuard(Guard):
-    """Answers flagged images with a label that their pixels and a secret of the suspect's decide.
-
-    Attributes:
-        threshold: an image of a larger suspicion is flagged.
-    """
-
-    threshold = math.inf
+    """Answers flagged images with a label that their pixels and a secret of the suspect's decide."""
 
     def __init__(self, oracle: Oracle, model: Classifier, evasion: Outliers, detector: Any, secret: int) -> None:
         super().__init__(oracle)
@@ -113,7 +107,7 @@ class OutlierGuard(Guard):
         answers = self._oracle.query(images)
         if self.threshold == math.inf or not len(images):
             return answers
-        flagged = self.flags(images).nonzero().squeeze(1)
+        flagged = (self.suspicion(images) > self.threshold).nonzero().squeeze(1)
         if not len(flagged):
             return answers
         drawn = [seed_of("lie", self._secret, digest) % self.classes for digest in digests(as_floats(images[flagged]))]
@@ -125,7 +119,3 @@ class OutlierGuard(Guard):
         if not len(images):
             return torch.empty(0, dtype=torch.float64)
         return torch.from_numpy(-self._detector.score_samples(self._evasion.vectors(self._model, images)))
-
-    def flags(self, images: Tensor) -> Tensor:
-        """See :meth:`Guard.flags`."""
-        return self.suspicion(images) > self.threshold

@@ -59,6 +59,11 @@ class Row(Settings):
     A row of the role ``"removed"`` is a victim or a copy after a removal, with the columns of that model; ``removal``
     names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``.
 
+    A row of the role ``"guarded"`` is any of these behind an evasion, which ``evasion`` names: accuracy, agreement and
+    WSR are of the answers that come through it. Where an evasion flags queries, ``flagged_benign`` is the share of the
+    test images that it flags, ``flagged_key`` that of the key, and ``flagged_auc`` the area under the ROC curve of its
+    suspicion between the two.
+
     ``test`` names the ownership test and ``threshold`` is the WSR above which ``verified`` is true. ``key_filter`` says
     what chose the key's samples: the stages of the filter, ``"none"``, ``"first"`` or ``"both"``, and behind a colon
     what went otherwise, e.g. ``"both: surrogate never triggered"``.
@@ -71,7 +76,7 @@ class Row(Settings):
     """
 
     scenario_id: ScenarioId
-    role: Literal["benign", "victim", "stolen", "removed"]
+    role: Literal["benign", "victim", "stolen", "removed", "guarded"]
     victim: str
     parent: str | None = None
     dataset: str
@@ -85,6 +90,8 @@ class Row(Settings):
     stage: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     removal: str | None = None
     removal_params: JsonParams | None = None
+    evasion: str | None = None
+    evasion_params: JsonParams | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     budget: Count | None = None
     accounts: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -102,6 +109,9 @@ class Row(Settings):
     test: str = "wsr"
     seconds: Annotated[float, Field(ge=0)] | None = None
     false_trigger: Fraction | None = None
+    flagged_benign: Fraction | None = None
+    flagged_key: Fraction | None = None
+    flagged_auc: Fraction | None = None
     detectors: str | None = None
     detected_at: Count | None = None
     false_alarms: Fraction | None = None
@@ -115,8 +125,12 @@ class Row(Settings):
     def _check(self) -> Self:
         if self.role == "benign" and self.victim != BENIGN:
             raise ValueError(f"the victim of a benign row must be {BENIGN!r}, found {self.victim!r}")
-        if (self.role == "removed") != (self.removal is not None):
+        if self.role != "guarded" and (self.role == "removed") != (self.removal is not None):
             raise ValueError(f"only a removed row has a removal, and each has one, found {self.role}, {self.removal!r}")
+        if (self.role == "guarded") != (self.evasion is not None):
+            raise ValueError(
+                f"only a guarded row has an evasion, and each has one, found {self.role}, {self.evasion!r}"
+            )
         if (self.status == "failed") != (self.error is not None):
             raise ValueError(f"a failed row has an error and no other row has one, found {self.status}, {self.error!r}")
         return self
@@ -132,10 +146,11 @@ class Row(Settings):
 
     @property
     def origin(self) -> Literal["benign", "victim", "stolen"]:
-        """The role of the model before any removal: ``"stolen"`` for a pruned copy. A control goes with its victim."""
-        if self.role != "removed":
-            return self.role
-        return "victim" if self.attack is None else "stolen"
+        """The role of the model before any removal or evasion: ``"stolen"`` for a pruned copy. A control goes with its
+        victim."""
+        if self.role == "removed" or self.role == "guarded":
+            return "victim" if self.attack is None else "stolen"
+        return self.role
 
     @property
     def by_construction(self) -> bool:
@@ -153,7 +168,10 @@ class Row(Settings):
 #: the columns of ``results/*.parquet``
 SCHEMA = arrow_schema(Row)
 #: columns that schema version 3 has added
-ADDED = ("parent", "key_filter", "threshold", "test")
+ADDED = (
+    *("parent", "key_filter", "threshold", "test"),
+    *("evasion", "evasion_params", "flagged_benign", "flagged_key", "flagged_auc"),
+)
 _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in ADDED]), str(SCHEMA_VERSION): SCHEMA}
 
 
@@ -211,15 +229,15 @@ def _added(record: dict[str, Any], config_json: str) -> dict[str, Any]:
 
 
 def sorted_rows(rows: Iterable[Row]) -> list[Row]:
-    """Benign models, then victims, then stolen ones, each with its removals below; within those by watermark, controls
-    last, attack, ..., seed."""
+    """Benign models, then victims, then stolen ones, each with its removals and evasions below; within those by
+    watermark, controls last, attack, ..., seed."""
 
     def key(row: Row) -> tuple[tuple[bool, Any], ...]:
         values = (
             ("benign", "victim", "stolen").index(row.origin),
             *(row.dataset, row.watermark, row.watermark_params, row.victim == BENIGN, row.stage),
             *(row.attack, row.attack_params, row.pool, row.labels, row.architecture, row.budget, row.seed, row.victim),
-            *(row.removal, row.removal_params, row.scenario_id, row.test),
+            *(row.removal, row.removal_params, row.evasion, row.evasion_params, row.scenario_id, row.test),
         )
         return tuple((value is not None, value) for value in values)
 

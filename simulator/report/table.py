@@ -56,6 +56,9 @@ def columns(found: Sequence[Line]) -> list[Column[Line]]:
         Column("verified", "verified", _verified),
         Column("agreement", "agreement %", lambda line: _rate(line.rows, "agreement")),
         Column("detected_at", "noticed after", _noticed),
+        Column("flagged_benign", "flagged benign %", lambda line: _rate(line.rows, "flagged_benign")),
+        Column("flagged_key", "flagged key %", lambda line: _rate(line.rows, "flagged_key")),
+        Column("flagged_auc", "flag AUC %", lambda line: _rate(line.rows, "flagged_auc")),
         Column("false_alarms", "false alarms %", lambda line: _rate(line.rows, "false_alarms")),
         Column("false_trigger", "false trigger %", lambda line: _rate(line.rows, "false_trigger")),
     ]
@@ -68,7 +71,10 @@ _OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
 
 # What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell, and the
 # size of a key, without which no verdict can be judged, into the watermark's.
-_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "test", "key", "verified", "labels")
+_GOES = (
+    *("flagged_auc", "queries", "agreement", "seeds", "architecture", "pool", "dataset", "test"),
+    *("flagged_benign", "flagged_key", "key", "verified", "labels"),
+)
 
 
 def _noticed(line: Line) -> str:
