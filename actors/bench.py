@@ -87,7 +87,7 @@ class CrewBench:
             triggers = crew.collector.triggers.remote(theft.triggers_of)
         with self._timed(theft, theft.label) as begun:
             await crew.ledger.open.remote(terms, dict.fromkeys(terms, theft.attack))
-            record, detectors = self._config.save_transfer_sets, self._config.detectors
+            record, detectors = self._config.records_thefts, self._config.detectors
             try:
                 await self.attackers.do(
                     lambda one: one.steal.remote(service, theft, tokens, triggers, collector, record, detectors),

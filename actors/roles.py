@@ -33,6 +33,7 @@ from simulator.ownership.key import KeySamples
 from simulator.plan.config import RunConfig
 from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
 from simulator.records.rows import Row
+from simulator.service.recording import TransferSet
 from simulator.training.predict import use_one_thread
 
 if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the trainer and the collector do without it
@@ -115,7 +116,9 @@ class Attacker:
     def wash(self, subject: Removed, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
         """See :func:`simulator.experiment.removal.wash`; returns when the collector has kept the result."""
         target = take(shelf, subject.target)
-        made = wash(subject, target, self._world, self._device, Posting(self._board, subject.id))
+        transfer = take_transfer(shelf, subject) if "transfer" in subject.removal.needs else None
+        progress, checkpoint = Posting(self._board, subject.id), kept(self._keeper, subject.id)
+        made = wash(subject, target, self._world, transfer, self._device, progress, checkpoint)
         made.model.cpu()
         ray.get(collector.keep.remote(subject, made))
 
@@ -159,6 +162,12 @@ def take(shelf: ActorHandle[Any], subject: Subject) -> Classifier:
     """A model off the shelf."""
     reference: Any = shelf.get.remote(subject.file)
     return from_bytes(ray.get(reference))
+
+
+def take_transfer(shelf: ActorHandle[Any], subject: Removed) -> TransferSet:
+    """What the theft that a model goes back to asked and was answered, off the shelf."""
+    files: Any = [shelf.transfer_set.remote(account) for account in subject.theft_accounts]
+    return TransferSet.of([data for data in ray.get(files) if data is not None], subject.label)
 
 
 def kept(keeper: ActorHandle[Any], name: str) -> TimedCheckpoint:

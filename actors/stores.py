@@ -14,14 +14,20 @@ from simulator.files import Folder
 
 
 class Shelf:
-    """The victims' models as bytes. A replica takes a model when it is first asked for it."""
+    """The models of a run as bytes, and what thefts asked and were answered. A replica takes a model when it is first
+    asked for it."""
 
     def __init__(self, path: str) -> None:
         self._models = Folder(Path(path) / "models")
+        self._transfer = Folder(Path(path) / "transfer")
 
     async def get(self, victim: str) -> bytes:
         """The bytes of a victim's model."""
         return self._models.file(victim).read_bytes()
+
+    async def transfer_set(self, account: str) -> bytes | None:
+        """The bytes of an account's transfer set; None where nothing was kept."""
+        return self._transfer.read(account)
 
 
 class Keeper:

@@ -47,6 +47,7 @@ DIGITS = 4
 #: what all trials share, and so cannot differ between them
 SHARED = (
     *("name", "seeds", "dataset", "device", "resources", "verification", "controls", "accuracy_tolerance"),
+    "accuracy_loss",
     *("save_transfer_sets", "sync_ledger", "query_log", "detectors", "benign_clients"),
 )
 

@@ -35,7 +35,7 @@ OWN_PARTS = ("attacker", "owner", "triggers", "patches")
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Unlabelled images, uint8 ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
+    """Images, uint8 ``(N, C, H, W)`` as the victim takes them, and int64 ``groups`` ``(N,)``.
 
     The pool has the images of ``source`` in the order ``order``, int64 ``(N,)``; None keeps the source's order. Other
     processes may share the source, so :meth:`take` copies only the images that are asked for. :attr:`images` is a copy
@@ -47,6 +47,9 @@ class Pool:
 
     ``parents``, int64 ``(G,)``, is the level above the groups: the source of each group, 0..P-1. It is None if the pool
     has a single source.
+
+    ``labels``, int64 ``(N,)``, are the images' true classes of the victim's task. They are None where a part is not of
+    the victim's data set. Removals use them; no attack does.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Pool:
     groups: Tensor
     parents: Tensor | None = None
     order: Tensor | None = None
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -138,6 +142,11 @@ class PoolSpec(Settings):
             raise InputError(f"pool: {describe(error, cls)}") from None
 
     @property
+    def labelled(self) -> bool:
+        """Whether every image is of the victim's data set, and so has a true label of its task."""
+        return set(self.parts) <= {"attacker", "owner"}
+
+    @property
     def label(self) -> str:
         """A short name for the rows, such as ``patches``, ``attacker+patches``, ``3*attacker+patches``,
         ``attacker[0,1]`` (classes) and ``patches@500`` (size); a path is shortened to its last part.
@@ -182,7 +191,7 @@ def build_pool(
     """
     sources = _sources(spec, dataset, foreign, triggers)
     counts = _counts(spec, {name: len(images) for name, images in sources.items()}, count)
-    images, groups, used = [], [], 0
+    images, groups, labels, used = [], [], [], 0
     origins: list[Tensor] = []
     for name, number in counts.items():
         source = sources.get(name)
@@ -192,12 +201,14 @@ def build_pool(
             source = source.take(torch.randperm(len(source), generator=generator)[:number])
         images.append(convert_images(source.images, dataset.channels, dataset.size))
         groups.append(source.labels + used)
+        labels.append(source.labels)
         origins.append(torch.full_like(source.labels, len(origins)))
         used += int(source.labels.max()) + 1 if number else 0
     order = torch.randperm(_total(spec, counts, count), generator=generator)
     dense = torch.unique(torch.cat(groups), return_inverse=True)[1]
     everything = images[0] if len(images) == 1 else torch.cat(images)
-    return Pool(spec.label, everything, dense[order], _parents(dense, torch.cat(origins)), order)
+    known = torch.cat(labels)[order] if spec.labelled else None
+    return Pool(spec.label, everything, dense[order], _parents(dense, torch.cat(origins)), order, known)
 
 
 def pool_size(

@@ -235,6 +235,7 @@ class Collector:
             **(_theft_columns(subject.theft) if subject.theft else {}),
             **(_removal_columns(washed.chain) if washed else {}),
             **(_evasion_columns(subject.evasion) if isinstance(subject, Guarded) else {}),
+            "allowed_loss": self._config.accuracy_loss if isinstance(subject, Removed) else None,
         }
 
     def _verdict_columns(self, asked: Asked, of: Marked) -> dict[str, Any]:

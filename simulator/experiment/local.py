@@ -93,7 +93,9 @@ class LocalRun:
         with self._display.task(subject.label) as progress:
             if isinstance(subject, Removed):
                 target = self._directory.load_model(subject.target)
-                return wash(subject, target, self._world.for_attackers(), self._device, progress)
+                transfer = self._directory.load_transfer(subject) if "transfer" in subject.removal.needs else None
+                checkpoint = self._directory.checkpoints.checkpoint(subject.id)
+                return wash(subject, target, self._world.for_attackers(), transfer, self._device, progress, checkpoint)
             assert isinstance(subject, OwnerModel)
             benign = self._load(subject.benign) if isinstance(subject, Marked) else None
             checkpoint = self._directory.checkpoints.checkpoint(subject.id)
@@ -115,7 +117,7 @@ class LocalRun:
                 triggers,
                 self._device,
                 progress,
-                record=self._config.save_transfer_sets,
+                record=self._config.records_thefts,
                 detectors=self._config.detectors,
                 checkpoint=self._directory.checkpoints.checkpoint(theft.id),
             )

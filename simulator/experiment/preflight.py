@@ -38,6 +38,7 @@ def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool =
     watermarks_fit(plan, world.dataset)
     pools_fit(config, plan, world)
     evasions_fit(config, plan, world)
+    removals_fit(config, plan, world.dataset)
     return plan, world
 
 
@@ -175,6 +176,24 @@ def labels_fit(plan: Plan, dataset: Dataset) -> None:
             )
 
 
+def removals_fit(config: RunConfig, plan: Plan, dataset: Dataset) -> None:
+    """Checks before anything runs that every removal has what it needs.
+
+    Raises:
+        InputError: naming the removal and what it lacks.
+    """
+    for removed in plan.removals:
+        removal, where = removed.removal, f"{config.name}: {removed.removal.name}"
+        if "transfer" in removal.needs and removed.theft is None:
+            raise InputError(f"{where}: it needs the transfer set of a theft, and the victim itself was not stolen")
+        if removed.pool is not None and "labels" in removal.needs and not removed.pool.labelled:
+            raise InputError(
+                f"{where}: labels: pool {removed.pool.label} has no true labels of {dataset.name}: "
+                "pools of 'attacker' and 'owner' have"
+            )
+        removal.check(dataset)
+
+
 def watermarks_fit(plan: Plan, dataset: Dataset) -> None:
     """Checks before anything runs that every watermark scheme can mark a model of this data set.
 
@@ -198,6 +217,7 @@ def architectures_fit(plan: Plan, dataset: Dataset) -> None:
     names = {spec.architecture for spec in plan.benigns}
     optional = {spec.key_filter.architecture for spec in plan.victims}
     optional |= {stage.architecture for scenario in plan.scenarios for stage in scenario.stages}
+    optional |= {removed.architecture for removed in plan.removals}
     for name in sorted(names | {name for name in optional if name}):
         with torch.device("meta"):
             build(name, channels=dataset.channels, size=dataset.size, classes=dataset.classes)

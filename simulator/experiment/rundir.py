@@ -42,6 +42,7 @@ from simulator.records.detections import detectors_json
 from simulator.records.rows import Row, read_rows
 from simulator.service.ledger import Ledger
 from simulator.service.log import restore
+from simulator.service.recording import TransferSet
 from simulator.tensorfile import read_tensors, write_tensors
 
 
@@ -220,6 +221,15 @@ class RunDirectory:
     def load_triggers(self, spec: OwnerModel) -> KeySamples:
         """A victim's triggers, for pools that ask for some."""
         return load_key(self.path / "keys" / f"{spec.id}.triggers.safetensors")
+
+    def load_transfer(self, subject: Removed) -> TransferSet:
+        """What the theft that a model goes back to asked and was answered.
+
+        Raises:
+            InputError: it was not kept, or is damaged.
+        """
+        files = map(Folder(self.path / "transfer").read, subject.theft_accounts)
+        return TransferSet.of([data for data in files if data is not None], subject.label)
 
     def load_model(self, subject: Subject) -> Classifier:
         """A model that lies here, without what belongs to it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -24,7 +24,7 @@ from simulator.models import ARCHITECTURES
 from simulator.ownership.key_filter import KeyFilter
 from simulator.ownership.wsr import Verification, Wsr
 from simulator.plan.settings_file import apply_override, as_line, dump_yaml, read_settings
-from simulator.removals.base import REMOVALS
+from simulator.removals.base import REMOVALS, Removal
 from simulator.service.answers import Labels
 from simulator.service.victim import Precision
 from simulator.training.recipe import Recipe
@@ -152,6 +152,13 @@ class Then(Settings):
         return self
 
 
+def _removals(then: Iterable[Then]) -> Iterator[Removal]:
+    """Every removal of a tree."""
+    for entry in then:
+        yield from entry.removal
+        yield from _removals(entry.then)
+
+
 class ScenarioConfig(Settings):
     """A grid of scenarios: every field but ``attack`` may be a list, and all combinations are run.
 
@@ -247,8 +254,10 @@ class RunConfig(Settings):
         scenarios: the thefts, each from every victim.
         controls: run every theft from the benign model, too.
         accuracy_tolerance: a victim whose accuracy is more than this below the benign model's is reported loudly.
+        accuracy_loss: what a thief gives up at most for a removal: the report names the strongest removal within it.
         device: ``auto`` uses GPUs where there are any; ``cuda`` demands one.
-        save_transfer_sets: keep what every attacker asked and was answered, under ``transfer/``.
+        save_transfer_sets: keep what every attacker asked and was answered, under ``transfer/``. Where a removal needs
+            that, it is kept anyway.
         sync_ledger: wait for the disk at every grant, so that the account survives a crash of the machine.
         query_log: keep a log of every query under ``queries/`` (see :mod:`simulator.service.log`).
         detectors: watch every account with each of them; see the columns ``detected_at`` and ``false_alarms``.
@@ -266,6 +275,7 @@ class RunConfig(Settings):
     scenarios: tuple[ScenarioConfig, ...] = ()
     controls: bool = True
     accuracy_tolerance: float = Field(0.02, ge=0, le=1)
+    accuracy_loss: float = Field(0.035, ge=0, le=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resources: Resources = Resources()
     save_transfer_sets: bool = False
@@ -290,6 +300,13 @@ class RunConfig(Settings):
             return any(entry.evasion or found(entry.then) for entry in then)
 
         return any(found(scenario.then) for scenario in self.scenarios)
+
+    @property
+    def records_thefts(self) -> bool:
+        """Whether transfer sets are kept: where that is asked, or where a removal needs them."""
+        return self.save_transfer_sets or any(
+            "transfer" in removal.needs for entry in self.scenarios for removal in _removals(entry.then)
+        )
 
     @property
     def ownership_test(self) -> Wsr:

@@ -224,7 +224,12 @@ def removal_work(removed: Removed, data: Outline) -> Work:
     """Of a removal."""
     work = Work()
     pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
-    images = sum(pools.get(part, POOL) for part in removed.pool.parts) if removed.pool else 0
+    images = 0
+    if removed.pool is not None:
+        images = sum(pools.get(part, POOL) for part in removed.pool.parts)
+        images = min(images, removed.pool.size or images)
+    elif removed.theft is not None and "transfer" in removed.removal.needs:
+        images = removed.theft.budget
     work.trained[removed.architecture] += round(removed.removal.passes(images))
     return work
 

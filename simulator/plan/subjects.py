@@ -326,7 +326,12 @@ class Removed(Subject):
     @property
     def architecture(self) -> str:
         """See :attr:`Subject.architecture`."""
-        return self.target.architecture
+        return self.removal.makes(self.target.architecture)
+
+    @property
+    def theft_accounts(self) -> tuple[str, ...]:
+        """The accounts of the theft that it goes back to, in order; none without a theft."""
+        return tuple(self.theft.accounts) if self.theft else ()
 
     @property
     def chain(self) -> tuple[Removed, ...]:
@@ -471,7 +476,7 @@ def _what_follows(target: Subject, then: tuple[Then, ...]) -> Iterator[Removed |
         for evasion in entry.evasion:
             yield Guarded(target, evasion, None if evasion.data_free else entry.pool)
         for removal in entry.removal:
-            removed = Removed(target, removal, None if removal.data_free else entry.pool)
+            removed = Removed(target, removal, entry.pool if "pool" in removal.needs else None)
             yield removed
             yield from _what_follows(removed, entry.then)
 

@@ -57,7 +57,8 @@ class Row(Settings):
     None for a model trained from nothing, and in rows of schema version 2, which did not say it.
 
     A row of the role ``"removed"`` is a victim or a copy after a removal, with the columns of that model; ``removal``
-    names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``.
+    names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``. The accuracy that it cost
+    is that of the row of ``parent`` less its own; ``allowed_loss`` is what the configuration lets a thief give up.
 
     A row of the role ``"guarded"`` is any of these behind an evasion, which ``evasion`` names: accuracy, agreement and
     WSR are of the answers that come through it. Where an evasion flags queries, ``flagged_benign`` is the share of the
@@ -92,6 +93,7 @@ class Row(Settings):
     removal_params: JsonParams | None = None
     evasion: str | None = None
     evasion_params: JsonParams | None = None
+    allowed_loss: Fraction | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     budget: Count | None = None
     accounts: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -169,7 +171,7 @@ class Row(Settings):
 SCHEMA = arrow_schema(Row)
 #: columns that schema version 3 has added
 ADDED = (
-    *("parent", "key_filter", "threshold", "test"),
+    *("parent", "allowed_loss", "key_filter", "threshold", "test"),
     *("evasion", "evasion_params", "flagged_benign", "flagged_key", "flagged_auc"),
 )
 _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in ADDED]), str(SCHEMA_VERSION): SCHEMA}

@@ -17,9 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from simulator.context import Context
-from simulator.data.pool import Pool
 from simulator.models import Classifier
-from simulator.removals.base import Removal
+from simulator.removals.base import Need, Removal, ThiefTask
 from simulator.watermarks.parts.reparametrised import layer_weights
 
 
@@ -31,13 +30,17 @@ class Pruning(Removal):
     """
 
     paper: ClassVar[str] = "Yang et al., AAAI 2026; Wen et al., 2023"
-    data_free: ClassVar[bool] = True
 
     name: Literal["pruning"] = "pruning"
     fraction: float = Field(0.5, ge=0, le=1, description="of the weights that become zero")
     scope: Literal["global", "layer"] = Field("global", description="over what the smallest are found")
 
-    def remove(self, model: Classifier, pool: Pool | None, context: Context) -> Classifier:
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing: see :attr:`Removal.needs`."""
+        return frozenset()
+
+    def remove(self, model: Classifier, task: ThiefTask, context: Context) -> Classifier:
         """See :meth:`Removal.remove`."""
         weights = list(layer_weights(model).values())
         groups = [weights] if self.scope == "global" else [[weight] for weight in weights]

@@ -149,10 +149,14 @@ class Labels:
         if row.stage is not None and row.stage > 1:
             name += f", stage {row.stage}"
         if row.removal is not None:
-            name += f" then {_named(row.removal, row.removal_params, self._removal)}"
+            name += f" then {self.removal(row)}"
         if row.evasion is not None:
             name += f" behind {_named(row.evasion, row.evasion_params, self._evasion)}"
         return f"control: {name}" if is_control(row) else name
+
+    def removal(self, row: Row) -> str:
+        """``"pruning(ratio=0.4)"``; empty for a model that nothing was removed from."""
+        return _named(row.removal or "", row.removal_params, self._removal)
 
     def panel(self, row: Row) -> str:
         """The watermark, and the data set and the ownership test if the report holds several."""

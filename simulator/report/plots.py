@@ -1,4 +1,4 @@
-"""The plots of a report: WSR against accuracy, and both against the query budget.
+"""The plots of a report: WSR against accuracy, after removals too, and both against the query budget.
 
 Made with :class:`matplotlib.figure.Figure` alone: no pyplot, no global state, no display. The same rows give the same
 SVG, byte for byte. Colour and shape of a marker say the attack, a hollow marker is a control.
@@ -16,9 +16,11 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from simulator.records.rows import Row
 from simulator.report.lines import Labels, Line, is_control, stat, thresholds
+from simulator.report.removals import Outcome
 
 #: Okabe and Ito's palette, told apart by the colour-blind; without yellow and black, which vanish on light or dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -222,3 +224,50 @@ def svg_of(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_BARE)
     return buffer.getvalue()
+
+
+def after_the_theft(found: Sequence[Outcome], labels: Labels) -> str:
+    """WSR against accuracy of every removal, one panel a washed model, SVG.
+
+    The star is the model before any removal; the shaded part is what a thief can afford. Hollow are the controls.
+    """
+    looks = _looks(sorted({line.row.removal or "" for each in found for line, _ in each.removals}))
+    with matplotlib.style.context(["default", STYLE]):
+        columns = min(3, len(found))
+        down = -(-len(found) // columns)
+        figure = Figure(figsize=(2.6 + 3.4 * columns, 1.0 + 3.0 * down))
+        figure.set_layout_engine("constrained")
+        grid = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
+        for at, axes in enumerate(grid.flat):
+            axes.set_visible(at < len(found))
+        for at, (axes, each) in enumerate(zip(grid.flat, found, strict=False)):
+            before = stat(row.accuracy for row in each.source.rows)
+            assert before is not None
+            name = each.source.row.attack or each.source.row.role
+            axes.set(title=f"{labels.panel(each.source.row)}, {name}", ylim=(-4, 104), xlim=(0, 102))
+            axes.axvspan(100 * (before.mean - each.allowed), 102, color=GRID, alpha=0.25, linewidth=0)
+            _thresholds(axes, each.source.rows)
+            for line, _ in each.removals:
+                for group, hollow in ((line.good_controls, True), (line.rows, False)):
+                    _removal(axes, group, looks[line.row.removal or ""], hollow)
+            _removal(axes, each.source.rows, (INK, "*"), hollow=False)
+            if at % columns == 0:
+                axes.set_ylabel("WSR, %")
+            if at + columns >= len(found):
+                axes.set_xlabel("accuracy, %")
+                axes.xaxis.set_tick_params(labelbottom=True)
+        handles: list[Line2D | Patch] = [_handle(look, label=name) for name, look in looks.items()]
+        handles.append(_handle((INK, "*"), label="before any removal"))
+        handles.append(_handle((INK, "o"), label="hollow: control", hollow=True))
+        handles.append(Patch(color=GRID, alpha=0.25, label="within the\nallowed loss"))
+        figure.legend(handles=handles, loc="outside right upper")
+        return svg_of(figure)
+
+
+def _removal(axes: Axes, rows: Iterable[Row], look: tuple[str, str], hollow: bool) -> None:
+    colour, marker = look
+    points = [(100 * row.accuracy, 100 * row.wsr) for row in rows if row.accuracy is not None and row.wsr is not None]
+    size = 12 if marker == "*" else 4 if hollow else 7
+    style: dict[str, Any] = {"markersize": size, "markerfacecolor": "none" if hollow else colour, "linestyle": ""}
+    for x, y in points:
+        axes.plot([x], [y], color=colour, marker=marker, alpha=0.6 if hollow else 0.9, **style)

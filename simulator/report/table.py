@@ -20,7 +20,7 @@ from rich.text import Text
 from simulator.errors import InputError
 from simulator.records.provenance import RunInfo, read_run_info
 from simulator.records.rows import Row, read_rows
-from simulator.report import page
+from simulator.report import page, removals
 from simulator.report.lines import Labels, Line, doubts, lines, stat, thresholds
 from simulator.report.page import NONE, Column, markdown_cell, printable
 
@@ -122,6 +122,9 @@ def markdown_table(rows: Iterable[Row]) -> str:
     """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below."""
     found = lines(rows)
     text = [*page.markdown_table(columns(found), found), "", _legend(found), ""]
+    if after := removals.outcomes(found):
+        shown = removals.columns(Labels(found))
+        text += ["## After the theft", "", *page.markdown_table(shown, after), "", removals.legend(after), ""]
     text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
     text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
     return "\n".join(text).rstrip() + "\n"
@@ -144,18 +147,24 @@ def write_report(run_dir: Path) -> Path:
     alike = [column for column in shown if column.key in _ALIKE and len({column.cell(line) for line in found}) == 1]
     shown = [column for column in shown if column not in alike]
     before = [column for column in shown if column.key in _SETTING]
+    after, labels = removals.outcomes(found), Labels(found)
+    drawn = {"wsr_vs_accuracy": plots.wsr_vs_accuracy(found), "budget": plots.budget_curves(found)}
+    drawn["after_the_theft"] = plots.after_the_theft(after, labels) if after else None
     return page.write_page(
         run_dir / "report",
         Path(__file__).parent / "templates" / "report.html",
         info,
         markdown_table(rows),
-        {"wsr_vs_accuracy": plots.wsr_vs_accuracy(found), "budget": plots.budget_curves(found)},
+        drawn,
         alarms=[*_alarms(info, found), *(each for each in info.warnings if each not in told), *doubts(found)],
         classes=_classes,
         cell=_page_cell,
         columns=shown,
         before=before,
         after=[column for column in shown if column not in before],
+        outcomes=after,
+        outcome_columns=removals.columns(labels),
+        outcome_legend=removals.legend(after),
         sections=[
             (origin, [line for line in found if line.row.origin == origin]) for origin in ("benign", "victim", "stolen")
         ],

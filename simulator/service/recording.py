@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from simulator.checkpoint import State
+from simulator.errors import InputError
 from simulator.service.oracle import chunked
+from simulator.tensorfile import decode
+
+
+@dataclass(frozen=True, eq=False)
+class TransferSet:
+    """What a theft asked and was answered: ``images`` ``(N, C, H, W)``, uint8 or float in [0, 1], and ``answers``
+    ``(N, K)`` float probability rows, in the order asked, one account after the other."""
+
+    images: Tensor
+    answers: Tensor
+
+    @classmethod
+    def of(cls, files: Sequence[bytes], where: str) -> TransferSet:
+        """Reads the files of a theft's accounts, as :meth:`Recording.transfer_set` makes them.
+
+        Raises:
+            InputError: there is none, or one is damaged; ``where`` says in the message where they are from.
+        """
+        if not files:
+            raise InputError(f"{where}: no transfer set was kept")
+        parts = [decode(data, where)[0] for data in files]
+        images = [part["images"] for part in parts]
+        if len({part.dtype for part in images}) > 1:
+            images = [part / 255 if part.dtype == torch.uint8 else part for part in images]
+        return cls(torch.cat(images), torch.cat([part["answers"] for part in parts]))
 
 
 class Recording:

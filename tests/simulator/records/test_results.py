@@ -78,6 +78,7 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
             "removal_params": "[{}, {}]",
             "evasion": "outliers",
             "evasion_params": '{"detector": "lof"}',
+            "allowed_loss": 0.035,
             "budget": 5000,
             "accounts": 2,
             "queries": 4999,

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from simulator.records.provenance import collect_provenance, write_run_info
 from simulator.records.rows import Row, write_row
 from simulator.report import plots
 from simulator.report.lines import Labels, Line, doubts, lines, stat
+from simulator.report.removals import outcomes
 from simulator.report.table import markdown_table, render_table, write_report
 
 THEFT = {
@@ -454,3 +456,52 @@ def test_two_ownership_tests_of_one_model_are_two_lines() -> None:
     assert "| test |" in heading
     assert "| a |" in first
     assert "| test |" not in markdown_table(rows[:1])
+
+
+# -- after the theft ---------------------------------------------------------------------------------------------------
+
+
+def after_removals() -> list[Row]:
+    """A theft of accuracy .8 and WSR .9, four removals of it with their controls, and a second step after one."""
+    rows = [row("victim", "v0", wsr=1.0), row("benign", "benign", wsr=0.0)]
+    rows += [row("stolen", "v0", wsr=0.9), row("stolen", "benign", wsr=0.01)]
+    sources = {each.victim: each.scenario_id for each in rows if each.role == "stolen"}
+    for ratio, accuracy, wsr in ((0.2, 0.79, 0.6), (0.4, 0.766, 0.4), (0.6, 0.765, 0.4), (0.8, 0.7, 0.0)):
+        for victim, rate in (("v0", wsr), ("benign", wsr / 10)):
+            rows.append(washed(victim, ratio, wsr=rate, accuracy=accuracy, parent=sources[victim], allowed_loss=0.035))
+    first = next(each for each in rows if each.role == "removed")
+    twice = {"removal": "pruning+pruning", "removal_params": "[{}, {}]", "parent": first.scenario_id}
+    return [*rows, row("removed", "v0", accuracy=0.78, wsr=0.5, allowed_loss=0.035, **twice)]
+
+
+def test_the_strongest_removal_is_that_of_the_least_wsr_within_the_loss_of_the_model_before_any() -> None:
+    (outcome,) = outcomes(lines(after_removals()))
+    assert outcome.source.row.role == "stolen"
+    assert len(outcome.removals) == 5
+    assert outcome.allowed == 0.035
+    assert [loss for _, loss in outcome.within] == pytest.approx([0.034, 0.035, 0.02, 0.01])
+    strongest = outcome.within[0][0]
+    assert json.loads(strongest.row.removal_params or "") == {"ratio": 0.4}
+    assert [control.wsr for control in strongest.controls] == [0.04]
+
+
+def test_the_report_says_what_the_strongest_removal_leaves_and_shades_what_is_allowed(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path, after_removals())).read_text()
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "| 80.0 | 90.0 | 4 of 5 | pruning(ratio=0.4) | 3.4 | 40.0 | 4.0 |" in table
+    assert "no more accuracy than 3.5 points" in table
+    assert "<h2>After the theft</h2>" in html
+    drawn = (tmp_path / "report" / "after_the_theft.svg").read_text()
+    assert "before any removal" in drawn
+    assert "allowed loss" in drawn
+
+
+def test_a_removal_that_costs_too_much_is_none_and_a_run_without_removals_has_no_such_section(tmp_path: Path) -> None:
+    rows = [each.model_copy(update={"allowed_loss": 0.001}) for each in after_removals()]
+    (outcome,) = outcomes(lines(rows))
+    assert outcome.within == ()
+    table = (write_report(write_run(tmp_path, rows)).parent / "table.md").read_text()
+    assert "| 0 of 5 | none is within the loss | – | – | – | – |" in table
+    plain = write_report(write_run(tmp_path / "plain", run_rows()))
+    assert "After the theft" not in plain.read_text()
+    assert not (plain.parent / "after_the_theft.svg").exists()
