@@ -113,7 +113,7 @@ def _siblings(family: Registry[Any], value: object) -> tuple[object, ...]:
         elif isinstance(given, list) and name in fields and not _takes_a_list(fields[name].annotation):
             choices[name] = tuple(given)
         if not choices.get(name, (None,)):
-            raise InputError(f"{name}: an empty list {_DOES_NOTHING[family.kind]}")
+            raise InputError(f"{name}: an empty list {_DOES_NOTHING.get(family.kind, 'names nothing')}")
     grid = itertools.product(*choices.values())
     return tuple({**value, **dict(zip(choices, values, strict=True))} for values in grid)
 
