@@ -70,6 +70,8 @@ class Crew:
         # The collector gets the images from disk: Ray cannot always restart an actor whose arguments lie in the object
         # store.
         directory.save_test(world.dataset.test, world.dataset.attacker if config.detectors else None)
+        if config.evades:
+            directory.save_world(world)
         crew = cls(
             layout,
             config.resources.precision,

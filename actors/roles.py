@@ -155,7 +155,8 @@ class CollectorService:
         use_one_thread()
         self._directory = RunDirectory(Path(path))
         test, held_out = self._directory.load_test()
-        self._collector = Collector(self._directory, config, dataset_name, test, held_out)
+        world = self._directory.load_world()
+        self._collector = Collector(self._directory, config, dataset_name, test, held_out, world=world)
 
     def keep(self, subject: Subject, made: TrainedOwner | Theft | Washed) -> None:
         """See :meth:`Collector.keep`."""

@@ -117,8 +117,11 @@ class Run:
         Raises:
             InputError: the model was not kept, as after a failure.
         """
-        prefix = f"{row.role}-" if row.role in ("stolen", "removed") else ""
-        return load_model(self.path / "models" / f"{prefix}{row.scenario_id}.safetensors")[0]
+        role, name = row.role, row.scenario_id
+        if role == "guarded":  # the model behind the evasion, which has no file of its own
+            role, name = "removed" if row.removal else row.origin, str(row.parent)
+        prefix = f"{role}-" if role in ("stolen", "removed") else ""
+        return load_model(self.path / "models" / f"{prefix}{name}.safetensors")[0]
 
     def key(self, row: Row) -> KeySamples:
         """The key of a victim's row.

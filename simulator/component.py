@@ -24,6 +24,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from simulator.errors import InputError, one_line
 
@@ -292,6 +293,12 @@ class Registry(Generic[C]):
         """The pydantic annotation for a field that holds a component of this family."""
         # SerializeAsAny writes the subclass's fields, not only the base's
         return Annotated[self.base, SerializeAsAny(), BeforeValidator(self.make)]  # type: ignore[type-arg]
+
+
+def family_of(field: FieldInfo) -> Registry[Any] | None:
+    """The family whose component a field holds (see :meth:`Registry.field`); None for another field."""
+    makers = (getattr(note.func, "__self__", None) for note in field.metadata if isinstance(note, BeforeValidator))
+    return next((maker for maker in makers if isinstance(maker, Registry)), None)
 
 
 def _path(cls: type) -> str:

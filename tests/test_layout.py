@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "watermarks": {"ground", "data", "models", "training", "transforms", "ownership"},
     "removals": {"ground", "data", "models", "training", "transforms", "service", "watermarks"},
     "evasions": {"ground", "data", "models", "training", "transforms", "service"},
-    "analysis": {"ground", "data", "models", "training"},
+    "analysis": {"ground", "data", "models", "training", "service", "ownership", "watermarks"},
     "plan": {
         *("ground", "data", "models", "training", "detectors", "service"),
         *("ownership", "attacks", "watermarks", "removals", "evasions"),

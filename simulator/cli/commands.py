@@ -244,7 +244,7 @@ exsim.add_command(serve)
 @exsim.command("list")
 @click.argument("what", default="all")
 def list_(what: str) -> int:
-    """List attacks, watermarks, detectors, ownership_tests, removals, models, datasets, presets or sweeps."""
+    """List attacks, watermarks, removals, evasions, detectors, ownership_tests, models, datasets, presets, ..."""
     from simulator.cli.listing import show_list
 
     return show_list(what)

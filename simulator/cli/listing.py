@@ -23,16 +23,20 @@ def show_list(what: str) -> int:
     from simulator.component import one_of
     from simulator.data.dataset import describe_datasets
     from simulator.detectors.base import DETECTORS
+    from simulator.evasions.base import EVASIONS
     from simulator.models import describe_models
     from simulator.ownership.base import OWNERSHIP
     from simulator.plan.settings_file import presets
     from simulator.removals.base import REMOVALS
+    from simulator.transforms.base import TRANSFORMS
     from simulator.watermarks.base import WATERMARKS
 
     families: dict[str, Callable[[], list[tuple[str, str]]]] = {
         "attacks": lambda: _components(ATTACKS),
         "watermarks": lambda: _components(WATERMARKS),
         "removals": lambda: _components(REMOVALS),
+        "evasions": lambda: _components(EVASIONS),
+        "transforms": lambda: _components(TRANSFORMS),
         "detectors": lambda: _components(DETECTORS),
         "ownership_tests": lambda: _components(OWNERSHIP),
         "models": describe_models,

@@ -48,10 +48,11 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
 
 def _table(config: RunConfig, plan: Plan) -> Table:
     from simulator.component import BENIGN
-    from simulator.plan.subjects import Marked
+    from simulator.plan.subjects import Marked, Removed
 
-    removals = f", {len(plan.removals)} removals" if plan.removals else ""
-    table = Table(title=f"{config.name}: {len(plan.scenarios)} scenarios{removals}", title_justify="left")
+    after = {"removals": len(plan.removals), "evasions": len(plan.guards)}
+    more = "".join(f", {count} {name}" for name, count in after.items() if count)
+    table = Table(title=f"{config.name}: {len(plan.scenarios)} scenarios{more}", title_justify="left")
     for name in ("scenario", "attack", "labels", "pool", "architecture", "from", "seed"):
         table.add_column(name, overflow="fold")
     table.add_column("budget", justify="right")
@@ -67,15 +68,16 @@ def _table(config: RunConfig, plan: Plan) -> Table:
             str(scenario.seed),
             f"{scenario.budget:,}",
         )
-    for removed in plan.removals:
+    for copy in plan.after:
+        does = f"then {copy.removal.name} of" if isinstance(copy, Removed) else f"behind {copy.evasion.name}:"
         table.add_row(
-            removed.id,
-            f"then {removed.removal.name} of {removed.target.id}",
+            copy.id,
+            f"{does} {copy.target.id}",
             "",
-            removed.pool.label if removed.pool else "none",
-            removed.architecture,
-            removed.owner.watermark.name if isinstance(removed.owner, Marked) else BENIGN,
-            str(removed.seed),
+            copy.pool.label if copy.pool else "none",
+            copy.architecture,
+            copy.owner.watermark.name if isinstance(copy.owner, Marked) else BENIGN,
+            str(copy.seed),
             "",
         )
     return table

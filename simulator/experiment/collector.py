@@ -21,19 +21,21 @@ from simulator.context import Context
 from simulator.data.images import Images
 from simulator.detectors.base import Detection
 from simulator.detectors.clients import alarm_rate, watch_clients
+from simulator.evasions.base import Evasion
+from simulator.experiment.guarding import Asked, guarded
 from simulator.experiment.owner import TrainedOwner
 from simulator.experiment.removal import Washed
 from simulator.experiment.rundir import Copy, RunDirectory
 from simulator.experiment.theft import Theft
+from simulator.experiment.world import World
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.ownership.wsr import small_key
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
+from simulator.plan.subjects import Guarded, Marked, OwnerModel, Removed, Stolen, Subject, Suspect
 from simulator.records.detections import Source, detectors_json, write_detections
 from simulator.records.rows import Row, write_row
 from simulator.seeding import generator_for
-from simulator.service.oracle import ModelOracle
 from simulator.training.predict import predict_labels
 
 
@@ -46,6 +48,7 @@ class Collector:
         test: the held-out images, which nobody else has.
         held_out: the attacker's images, which benign clients ask if detectors are configured.
         device: where models are measured.
+        world: what suspects have for their evasions, where there are some: an attacker's view.
     """
 
     def __init__(
@@ -56,8 +59,10 @@ class Collector:
         test: Images,
         held_out: Images | None = None,
         device: torch.device | None = None,
+        world: World | None = None,
     ) -> None:
         self._directory, self._config, self._dataset, self._test = directory, config, dataset_name, test
+        self._world = world
         self._held_out, self._device = held_out, device or torch.device("cpu")
         self._config_json = config.to_json()
         self._labels: dict[str, Tensor] = {}
@@ -97,12 +102,13 @@ class Collector:
         """
         if isinstance(subject, Marked):
             return self._measure_victim(subject)
-        assert isinstance(subject, Stolen | Removed)
+        assert isinstance(subject, Suspect)
         copy = self._directory.load_copy(subject)
         if copy.queries != charged:
             error = f"the attacker counts {copy.queries} answered images, the ledger charged {charged}"
             return self.fail(subject, error, keys, charged)
-        rows = [row for of in keys for row in self._copy_rows(subject, of, copy)]
+        asked = self._asked(subject, copy)
+        rows = [row for of in keys for row in self._copy_rows(subject, of, copy, asked)]
         return [self._write(row) for row in rows]
 
     def fail(self, subject: Subject, error: str, keys: Sequence[Marked], queries: int = 0) -> list[Row]:
@@ -110,7 +116,7 @@ class Collector:
         columns: dict[str, Any] = {"status": "failed", "error": " ".join(error.split())}
         if isinstance(subject, Marked):
             return [self._write(Row(**self._owner_columns(subject, subject), **columns))]
-        assert isinstance(subject, Stolen | Removed)
+        assert isinstance(subject, Suspect)
         return [self._write(Row(**self._copy_columns(subject, of), queries=queries, **columns)) for of in keys]
 
     def accuracy(self, spec: OwnerModel) -> float:
@@ -171,7 +177,7 @@ class Collector:
             **self._owner_columns(spec, of),
             accuracy=accuracy(labels, self._test.labels),
             agreement=agreement(labels, self._labels_of(of.benign)),
-            **self._verdict_columns(owner.model, of),
+            **self._verdict_columns(Asked(owner.model), of),
             seconds=owner.seconds,
             started=owner.started,
             finished=datetime.now(UTC),
@@ -179,32 +185,42 @@ class Collector:
 
     # -- the thieves' models -----------------------------------------------------------------------------------------
 
-    def _copy_rows(self, subject: Stolen | Removed, of: Marked, copy: Copy) -> Iterable[Row]:
+    def _asked(self, subject: Suspect, copy: Copy) -> Asked:
+        """The copy as it is asked: through its evasion, if it has one."""
+        model = copy.model.to(self._device)
+        if not isinstance(subject, Guarded):
+            return Asked(model)
+        assert self._world is not None, "no images for an evasion"
+        return guarded(subject, model, self._world)
+
+    def _copy_rows(self, subject: Suspect, of: Marked, copy: Copy, asked: Asked) -> Iterable[Row]:
         """The rows of one copy with one key: those of its budget curve, then its own."""
         columns = self._copy_columns(subject, of)
         for queries, model in copy.snapshots:
             point = {"scenario_id": f"{subject.id}-q{queries}", "budget": queries}
-            yield self._copy_row({**columns, **point}, subject, of, replace(copy, model=model, queries=queries))
-        yield self._copy_row(columns, subject, of, copy)
+            then = replace(copy, model=model, queries=queries)
+            yield self._copy_row({**columns, **point}, subject, of, then, self._asked(subject, then))
+        yield self._copy_row(columns, subject, of, copy, asked)
 
-    def _copy_row(self, columns: dict[str, Any], subject: Stolen | Removed, of: Marked, copy: Copy) -> Row:
-        model = copy.model.to(self._device)
-        labels = predict_labels(model, self._test.images)
-        noticed = copy.noticed
+    def _copy_row(self, columns: dict[str, Any], subject: Suspect, of: Marked, copy: Copy, asked: Asked) -> Row:
+        labels, noticed = asked.labels(self._test.images), copy.noticed
         return Row(
             **columns,
+            **asked.flags(self._test.images, self._key(of).images if of.watermark.marks else None),
             queries=copy.queries if subject.theft else None,
             detectors=copy.detectors,
             detected_at=noticed if noticed is not None and noticed <= copy.queries else None,
             accuracy=accuracy(labels, self._test.labels),
             agreement=agreement(labels, self._labels_of(subject.owner)),
-            **self._verdict_columns(model, of),
-            seconds=copy.seconds,
+            **self._verdict_columns(asked, of),
+            seconds=asked.seconds or copy.seconds,
             started=copy.started,
             finished=datetime.now(UTC),
         )
 
-    def _copy_columns(self, subject: Stolen | Removed, of: Marked) -> dict[str, Any]:
+    def _copy_columns(self, subject: Suspect, of: Marked) -> dict[str, Any]:
+        assert subject.parent is not None
+        washed = next((each for each in subject.lineage if isinstance(each, Removed)), None)
         return {
             "scenario_id": subject.id,
             "role": subject.role,
@@ -217,18 +233,18 @@ class Collector:
             "architecture": subject.architecture,
             "seed": subject.seed,
             **(_theft_columns(subject.theft) if subject.theft else {}),
-            **(_removal_columns(subject.chain) if isinstance(subject, Removed) else {}),
+            **(_removal_columns(washed.chain) if washed else {}),
+            **(_evasion_columns(subject.evasion) if isinstance(subject, Guarded) else {}),
             "allowed_loss": self._config.accuracy_loss if isinstance(subject, Removed) else None,
         }
 
-    def _verdict_columns(self, model: Classifier, of: Marked) -> dict[str, Any]:
+    def _verdict_columns(self, asked: Asked, of: Marked) -> dict[str, Any]:
         test = self._config.ownership_test
         if not of.watermark.marks:
             return {"test": test.name}
         key = self._key(of)
         evidence = key.evidence()
-        suspect = ModelOracle(model, labels="hard", classes=key.classes, shape=evidence.shape, budget=len(key))
-        result = test.judge(suspect, evidence, Context(generator_for("judge", of.id)))
+        result = test.judge(asked.suspect(len(key)), evidence, Context(generator_for("judge", of.id)))
         stages, note = of.key_filter.stages, key.info.get("filter")
         return {
             "test": test.name,
@@ -334,3 +350,7 @@ def _removal_columns(chain: Sequence[Removed]) -> dict[str, Any]:
         "removal": "+".join(each.removal.name for each in chain),
         "removal_params": json.dumps(params if len(params) > 1 else params[0], sort_keys=True),
     }
+
+
+def _evasion_columns(evasion: Evasion) -> dict[str, Any]:
+    return {"evasion": evasion.name, "evasion_params": evasion.params_json()}

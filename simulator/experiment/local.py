@@ -41,7 +41,10 @@ class LocalRun:
         self._directory, self._display = directory, display
         self._device = choose_device(config.device)
         dataset = world.dataset
-        self._collector = Collector(directory, config, dataset.name, dataset.test, dataset.attacker, self._device)
+        self._collector = Collector(
+            *(directory, config, dataset.name, dataset.test, dataset.attacker, self._device),
+            world=world.for_attackers(),
+        )
         self._ledger = Ledger(directory.ledger, sync=config.sync_ledger)
         self._service = VictimService(self._device, config.resources.precision)
         self._log = QueryLog(directory.query_log.write, plan.attacks) if config.query_log else None

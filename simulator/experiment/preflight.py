@@ -17,7 +17,7 @@ from simulator.experiment.world import World
 from simulator.models import build
 from simulator.ownership.key import KeySamples
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import Plan, Removed, Stolen, make_plan
+from simulator.plan.subjects import POOL, Plan, Removed, Stolen, Suspect, make_plan
 from simulator.seeding import generator_for
 from simulator.service.answers import most_kept
 
@@ -37,6 +37,7 @@ def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool =
     architectures_fit(plan, world.dataset)
     watermarks_fit(plan, world.dataset)
     pools_fit(config, plan, world)
+    evasions_fit(config, plan, world)
     removals_fit(config, plan, world.dataset)
     return plan, world
 
@@ -72,11 +73,11 @@ def foreign_names(config: RunConfig, plan: Plan) -> list[str]:
     return sorted({name for spec in specs for name in spec.parts if name not in OWN_PARTS})
 
 
-def attackers_pools(plan: Plan) -> Iterator[tuple[Stolen | Removed, PoolSpec]]:
+def attackers_pools(plan: Plan) -> Iterator[tuple[Suspect, PoolSpec]]:
     """Every pool that a thief draws from, with the model that is made with it."""
     for scenario in plan.scenarios:
         yield from ((scenario, pool) for stage in scenario.stages for pool in stage.pools)
-    yield from ((removed, removed.pool) for removed in plan.removals if removed.pool is not None)
+    yield from ((copy, copy.pool) for copy in plan.after if copy.pool is not None)
 
 
 def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None, *, download: bool = True) -> World:
@@ -108,8 +109,9 @@ def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
     tried: dict[str, None] = {}
     triggers = KeySamples(world.dataset.owner.images[:1], world.dataset.owner.labels[:1], world.dataset.classes)
     for copy, spec in attackers_pools(plan):
-        if isinstance(copy, Removed) and "triggers" in spec.parts:
-            raise InputError(f"{config.name}: pool {spec.label}: 'triggers' is for thefts; a removal's pool has none")
+        if not isinstance(copy, Stolen) and "triggers" in spec.parts:
+            what = "a removal" if isinstance(copy, Removed) else "an evasion"
+            raise InputError(f"{config.name}: pool {spec.label}: 'triggers' is for thefts; {what}'s pool has none")
         if spec.model_dump_json() in tried:
             continue
         tried[spec.model_dump_json()] = None
@@ -139,6 +141,23 @@ def _filter_pool_fits(config: RunConfig, world: World) -> None:
             f"{config.name}: key_filter.queries: {rule.queries}: pool {rule.pool.label} of {count:,} images takes "
             f"{needed / 2**30:,.0f} GB, this machine has {there / 2**30:,.0f} GB of memory"
         )
+
+
+def evasions_fit(config: RunConfig, plan: Plan, world: World) -> None:
+    """Checks before anything runs that every evasion has as many images as it needs.
+
+    Raises:
+        InputError: naming the evasion and its pool.
+    """
+    for subject in plan.guards:
+        if subject.pool is not None:
+            count = pool_size(
+                subject.pool, dataset=world.dataset, count=POOL, foreign=lambda name: world.foreign[name], triggers=None
+            )
+            try:
+                subject.evasion.check(count)
+            except InputError as error:
+                raise InputError(f"{config.name}: pool {subject.pool.label}: {error}") from None
 
 
 def labels_fit(plan: Plan, dataset: Dataset) -> None:

@@ -33,11 +33,12 @@ from simulator.errors import InputError
 from simulator.experiment.owner import TrainedOwner
 from simulator.experiment.removal import Washed
 from simulator.experiment.theft import Theft
+from simulator.experiment.world import World
 from simulator.files import LOCK, Folder, demand_plain, locked, write_atomically
 from simulator.models import Classifier, load_model, save_model
 from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.plan.config import RunConfig, read_config
-from simulator.plan.subjects import Marked, OwnerModel, Plan, Removed, Stolen, Subject
+from simulator.plan.subjects import Guarded, Marked, OwnerModel, Plan, Removed, Stolen, Subject, Suspect
 from simulator.records.detections import detectors_json
 from simulator.records.provenance import read_run_info
 from simulator.records.rows import Row, read_rows
@@ -184,7 +185,7 @@ class RunDirectory:
     def has(self, subject: Subject) -> bool:
         """Whether a model, and all that belongs to it, lies here."""
         file = self._model(subject.file)
-        if isinstance(subject, OwnerModel):
+        if isinstance(subject.kept, OwnerModel):
             return file.exists()
         try:  # a copy of an earlier version lacks the counts that measuring needs
             return "copy" in _metadata(file)
@@ -278,8 +279,18 @@ class RunDirectory:
         about = {"scenario": subject.id, "victim": subject.owner.id}
         save_model(model, self._model(subject.file), {"copy": json.dumps(header), "stolen": json.dumps(about)})
 
-    def load_copy(self, subject: Stolen | Removed) -> Copy:
-        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy takes over its theft's query count."""
+    def load_copy(self, subject: Suspect) -> Copy:
+        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy takes over its theft's query count.
+
+        For a suspect behind an evasion this is the model behind it, without the figures of that model's making.
+        """
+        if isinstance(subject, Guarded):
+            behind = subject.kept
+            if isinstance(behind, Stolen | Removed):
+                copy = self.load_copy(behind)
+                return Copy(copy.model, copy.queries, 0.0, copy.started)
+            model, header = self._load(behind, "owner")
+            return Copy(model, 0, 0.0, datetime.fromisoformat(header["started"]))
         model, header = self._load(subject, "copy")
         theft = subject.theft
         count = header if isinstance(subject, Stolen) else self._header(theft, "copy") if theft else {"queries": 0}
@@ -318,22 +329,32 @@ class RunDirectory:
         return Images(tensors["images"], tensors["labels"]), held_out
 
     def clear_test(self) -> None:
-        """Removes what :meth:`save_test` wrote."""
+        """Removes what :meth:`save_test` and :meth:`save_world` wrote."""
         self.checkpoints.clear("test")
+        World.clear(self.path / "checkpoints")
+
+    def save_world(self, world: World) -> None:
+        """Lays the images of suspects ready for a collector in another process, which asks models behind evasions,
+        until :meth:`clear_test`."""
+        world.write(self.path / "checkpoints")
+
+    def load_world(self) -> World | None:
+        """What :meth:`save_world` wrote, without a test part; None if it wrote nothing."""
+        return World.read(self.path / "checkpoints")
 
     def rows(self) -> list[Row]:
         """The rows so far; none if nothing has been measured yet."""
         return read_rows(self.path) if any((self.path / "results").glob("*.parquet")) else []
 
-    def open_copies(self, plan: Plan) -> list[Stolen | Removed]:
-        """The thefts and removals that lack a row, or have a failed one, in the order of the plan."""
+    def open_copies(self, plan: Plan) -> list[Suspect]:
+        """The thefts, removals and evasions that lack a row, or have a failed one, in the order of the plan."""
         good = {
             (row.scenario_id, row.role, row.watermark, row.watermark_params)
             for row in self.rows()
             if row.status == "ok"
         }
 
-        def done(copy: Stolen | Removed) -> bool:
+        def done(copy: Suspect) -> bool:
             marks = [of.watermark for of in plan.keys_for(copy)]
             return {(copy.id, copy.role, mark.name, mark.params_json()) for mark in marks} <= good
 

@@ -101,7 +101,8 @@ class Scheduler:
                         await self.made(needed)
                     except WorkFailed as failed:
                         raise WorkFailed(_lost(subject, needed, failed), failed.queries) from failed
-                await self._bench.make(subject)
+                if subject.kept is subject:  # else the model that was needed is all there is to make
+                    await self._bench.make(subject)
 
         await self.once(f"make {subject.id}", work)
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from simulator.attacks.base import ATTACKS
-from simulator.component import Settings, describe, one_of
+from simulator.component import Registry, Settings, describe, family_of, one_of
 from simulator.data.dataset import DataConfig
 from simulator.data.pool import PoolSpec
 from simulator.detectors.base import DETECTORS, BenignClients
 from simulator.errors import InputError
+from simulator.evasions.base import EVASIONS
 from simulator.models import ARCHITECTURES
 from simulator.ownership.key_filter import KeyFilter
 from simulator.ownership.wsr import Verification, Wsr
@@ -90,27 +92,33 @@ class StageConfig(Settings):
 GRID = ("architecture", "pool", "labels", "budget", "accounts")
 
 
-def _siblings(value: object) -> tuple[object, ...]:
-    """One removal for each combination of a mapping's lists: ``{name: pruning, fraction: [0.2, 0.4]}`` is two.
+def _siblings(family: Registry[Any], value: object) -> tuple[object, ...]:
+    """One component of a family for each combination of a mapping's lists: ``{name: pruning, fraction: [0.2, 0.4]}`` is
+    two.
 
-    A field that is a list by itself is left alone. Of a list of removals, each may have lists.
+    A field that is a list by itself is left alone. Of a list of components, each may have lists, and so may a component
+    that is a setting of another.
     """
     if isinstance(value, list | tuple):
-        return tuple(itertools.chain.from_iterable(map(_siblings, value)))
+        return tuple(itertools.chain.from_iterable(_siblings(family, each) for each in value))
     if not isinstance(value, Mapping):
         return (value,)
-    cls = REMOVALS.classes().get(str(value.get("name")))
+    cls = family.classes().get(str(value.get("name")))
     fields = cls.model_fields if cls else {}
-    lists = [
-        name
-        for name, given in value.items()
-        if isinstance(given, list) and name in fields and not _takes_a_list(fields[name].annotation)
-    ]
-    for name in lists:
-        if not value[name]:
-            raise InputError(f"{name}: an empty list removes nothing")
-    grid = itertools.product(*(value[name] for name in lists))
-    return tuple({**value, **dict(zip(lists, values, strict=True))} for values in grid)
+    choices: dict[str, tuple[object, ...]] = {}
+    for name, given in value.items():
+        inner = family_of(fields[name]) if name in fields else None
+        if inner is not None:
+            choices[name] = _siblings(inner, given)
+        elif isinstance(given, list) and name in fields and not _takes_a_list(fields[name].annotation):
+            choices[name] = tuple(given)
+        if not choices.get(name, (None,)):
+            raise InputError(f"{name}: an empty list {_DOES_NOTHING.get(family.kind, 'names nothing')}")
+    grid = itertools.product(*choices.values())
+    return tuple({**value, **dict(zip(choices, values, strict=True))} for values in grid)
+
+
+_DOES_NOTHING = {"removal": "removes nothing", "evasion": "hides nothing", "transform": "changes nothing"}
 
 
 def _takes_a_list(annotation: Any) -> bool:
@@ -118,23 +126,29 @@ def _takes_a_list(annotation: Any) -> bool:
 
 
 class Then(Settings):
-    """What a thief does to a model that it holds.
+    """What a thief does to a model that it holds: removals, or evasions before it.
 
     Attributes:
         removal: one removal, or several; a list in place of a setting is several, too. All are applied to the same
             model, side by side.
-        pool: the images that the thief has for it; a removal that needs none leaves it alone.
-        then: what is done to each result.
+        evasion: one evasion, or several, likewise. The model stays as it is, and is asked through each of them.
+        pool: the images that the thief has for it; what needs none leaves it alone.
+        then: what is done to each result of a removal.
     """
 
-    removal: Annotated[tuple[REMOVALS.field(), ...], BeforeValidator(_siblings)]  # type: ignore[valid-type]
+    removal: Annotated[tuple[REMOVALS.field(), ...], BeforeValidator(partial(_siblings, REMOVALS))] = ()  # type: ignore[valid-type]
+    evasion: Annotated[tuple[EVASIONS.field(), ...], BeforeValidator(partial(_siblings, EVASIONS))] = ()  # type: ignore[valid-type]
     pool: PoolField = PoolSpec(parts={"attacker": 1.0})
     then: tuple[Then, ...] = ()
 
     @model_validator(mode="after")
-    def _something(self) -> Then:
-        if not self.removal:
-            raise InputError("removal: an empty list removes nothing")
+    def _one_of_them(self) -> Then:
+        if self.removal and self.evasion:
+            raise InputError("'removal' and 'evasion' are both given; an entry of 'then' has one of them")
+        if not (self.removal or self.evasion):
+            raise InputError("removal: an empty list removes nothing; give a removal, or an evasion in its place")
+        if self.evasion and self.then:
+            raise InputError("then: nothing follows an evasion, which makes no new model")
         return self
 
 
@@ -277,6 +291,15 @@ class RunConfig(Settings):
         if self.key_filter.architecture not in (None, *ARCHITECTURES):
             raise InputError(f"key_filter.architecture: {one_of(self.key_filter.architecture, list(ARCHITECTURES))}")
         return self
+
+    @property
+    def evades(self) -> bool:
+        """Whether some suspect hides behind an evasion."""
+
+        def found(then: tuple[Then, ...]) -> bool:
+            return any(entry.evasion or found(entry.then) for entry in then)
+
+        return any(found(scenario.then) for scenario in self.scenarios)
 
     @property
     def records_thefts(self) -> bool:

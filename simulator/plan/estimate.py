@@ -151,8 +151,8 @@ def estimate(config: RunConfig, plan: Plan, data: Outline, speeds: dict[str, Spe
         last = scenario.stages[-1].architecture or scenario.victim.architecture
         points = 1 + len(scenario.stages[0].curve)
         measuring.answered[last] += points * len(plan.keys_for(scenario)) * (data.test + config.key_filter.keep)
-    for removed in plan.removals:
-        measuring.answered[removed.architecture] += len(plan.keys_for(removed)) * (data.test + config.key_filter.keep)
+    for copy in plan.after:
+        measuring.answered[copy.architecture] += len(plan.keys_for(copy)) * (data.test + config.key_filter.keep)
     for spec in plan.victims:
         measuring.answered[spec.architecture] += 2 * (data.test + config.key_filter.keep)
     total = Work()

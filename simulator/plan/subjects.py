@@ -1,4 +1,5 @@
-"""Turns a configuration into the tree of models to make: unmarked, marked, stolen, and washed by a removal.
+"""Turns a configuration into the tree of models to make: unmarked, marked, stolen, washed by a removal, and hidden
+behind an evasion.
 
 Every planned model is a :class:`Subject`: how it is made (its class and the class's fields), the model that it is made
 from (its parent), and a seed. Example::
@@ -8,7 +9,8 @@ from (its parent), and a seed. Example::
     │   └── Removed  9c0d…               the same removal, as the removal's control
     └── Marked  deeptracer-3cfc…         the victim
         └── Stolen  77aa…                a theft
-            └── Removed  e1f2…           a removal of the stolen copy
+            ├── Removed  e1f2…           a removal of the stolen copy
+            └── Guarded  c03a…           the stolen copy behind an evasion
 
 An id is a hash of all that decides the model, its parent's id included. So the same work has the same id in every run,
 and also the same randomness, which derives from the id.
@@ -27,6 +29,7 @@ from typing import Any, Literal
 from simulator.component import BENIGN
 from simulator.data.dataset import DataConfig
 from simulator.data.pool import PoolSpec
+from simulator.evasions.base import Evasion
 from simulator.ownership.key_filter import KeyFilter
 from simulator.plan.config import RunConfig, StageConfig, Then
 from simulator.removals.base import Removal
@@ -37,7 +40,7 @@ from simulator.watermarks.base import Watermark
 #: images of a removal's pool if it is a mixture or drawn; a pool of one data set has all its images
 POOL = 10_000
 
-Role = Literal["benign", "victim", "stolen", "removed"]
+Role = Literal["benign", "victim", "stolen", "removed", "guarded"]
 
 
 def short_hash(*parts: object) -> str:
@@ -77,7 +80,13 @@ class Subject(ABC):
     def file(self) -> str:
         """The name of its files in a run directory. Thefts and removals get a prefix, e.g. ``stolen-77aa…``, because
         their ids are bare hashes."""
-        return self.id if self.role in ("benign", "victim") else f"{self.role}-{self.id}"
+        kept = self.kept
+        return kept.id if kept.role in ("benign", "victim") else f"{kept.role}-{kept.id}"
+
+    @property
+    def kept(self) -> Subject:
+        """The model whose weights it has: itself, or for a suspect behind an evasion the model there."""
+        return self
 
     @property
     def lineage(self) -> Iterator[Subject]:
@@ -343,6 +352,56 @@ class Removed(Subject):
 
 
 @dataclass(frozen=True)
+class Guarded(Subject):
+    """A suspect: a model behind an evasion. It makes no new weights; whoever asks the model asks it through the
+    evasion.
+
+    Attributes:
+        target: the model behind it.
+        pool: the images that the suspect has for it; None for an evasion that needs none.
+    """
+
+    target: Subject
+    evasion: Evasion
+    pool: PoolSpec | None
+
+    @property
+    def parent(self) -> Subject:
+        """The model behind the evasion."""
+        return self.target
+
+    @property
+    def kept(self) -> Subject:
+        """See :attr:`Subject.kept`."""
+        return self.target.kept
+
+    @property
+    def role(self) -> Role:
+        """See :attr:`Subject.role`."""
+        return "guarded"
+
+    @property
+    def architecture(self) -> str:
+        """See :attr:`Subject.architecture`."""
+        return self.target.architecture
+
+    @property
+    def label(self) -> str:
+        """See :attr:`Subject.label`."""
+        return f"{self.evasion.name} before {self.target.label}"
+
+    @cached_property
+    def id(self) -> str:
+        """See :attr:`Subject.id`."""
+        pool = self.pool.model_dump(mode="json") if self.pool else None
+        return short_hash(self.target.id, "guard", self.evasion.model_dump(mode="json"), pool)
+
+
+#: what a thief has in the end
+Suspect = Stolen | Removed | Guarded
+
+
+@dataclass(frozen=True)
 class Plan:
     """All models that a run makes. In each kind a model comes after those that it needs."""
 
@@ -350,6 +409,7 @@ class Plan:
     victims: tuple[Marked, ...]
     scenarios: tuple[Stolen, ...]
     removals: tuple[Removed, ...] = ()
+    guards: tuple[Guarded, ...] = ()
 
     @property
     def owners(self) -> tuple[OwnerModel, ...]:
@@ -357,9 +417,14 @@ class Plan:
         return (*self.benigns, *self.victims)
 
     @property
-    def copies(self) -> tuple[Stolen | Removed, ...]:
-        """The thieves' models: thefts, then removals."""
-        return (*self.scenarios, *self.removals)
+    def after(self) -> tuple[Removed | Guarded, ...]:
+        """What thieves do to the models that they hold: removals, then evasions."""
+        return (*self.removals, *self.guards)
+
+    @property
+    def copies(self) -> tuple[Suspect, ...]:
+        """What thieves make: thefts, and what follows them."""
+        return (*self.scenarios, *self.after)
 
     @property
     def attacks(self) -> dict[str, str]:
@@ -400,17 +465,21 @@ def make_plan(config: RunConfig) -> Plan:
                 thefts += own
                 controls += others * controlled
                 washed += [(theft, entry.then) for theft in (*others * controlled, *own)]
-    removals = [removed for target, then in washed for removed in _removals(target, then)]
-    return Plan(tuple(benigns), _unique(victims), _unique(controls + thefts), _unique(removals))
+    after = _unique([subject for target, then in washed for subject in _what_follows(target, then)])
+    removals = tuple(subject for subject in after if isinstance(subject, Removed))
+    guards = tuple(subject for subject in after if isinstance(subject, Guarded))
+    return Plan(tuple(benigns), _unique(victims), _unique(controls + thefts), removals, guards)
 
 
-def _removals(target: Subject, then: tuple[Then, ...]) -> Iterator[Removed]:
-    """All removals below a model: its own ones, each followed by those below it."""
+def _what_follows(target: Subject, then: tuple[Then, ...]) -> Iterator[Removed | Guarded]:
+    """What follows a model: siblings, and for each of them what follows it."""
     for entry in then:
+        for evasion in entry.evasion:
+            yield Guarded(target, evasion, None if evasion.data_free else entry.pool)
         for removal in entry.removal:
             removed = Removed(target, removal, entry.pool if "pool" in removal.needs else None)
             yield removed
-            yield from _removals(removed, entry.then)
+            yield from _what_follows(removed, entry.then)
 
 
 def _unique(items: list[Any]) -> tuple[Any, ...]:

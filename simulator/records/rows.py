@@ -60,6 +60,11 @@ class Row(Settings):
     names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``. The accuracy that it cost
     is that of the row of ``parent`` less its own; ``allowed_loss`` is what the configuration lets a thief give up.
 
+    A row of the role ``"guarded"`` is any of these behind an evasion, which ``evasion`` names: accuracy, agreement and
+    WSR are of the answers that come through it. Where an evasion flags queries, ``flagged_benign`` is the share of the
+    test images that it flags, ``flagged_key`` that of the key, and ``flagged_auc`` the area under the ROC curve of its
+    suspicion between the two.
+
     ``test`` names the ownership test and ``threshold`` is the WSR above which ``verified`` is true. ``key_filter``
     names the stages of the filter that chose the key's samples, ``"none"``, ``"first"`` or ``"both"``, and after a
     colon what went otherwise, e.g. ``"both: surrogate never triggered"``.
@@ -71,7 +76,7 @@ class Row(Settings):
     """
 
     scenario_id: ScenarioId
-    role: Literal["benign", "victim", "stolen", "removed"]
+    role: Literal["benign", "victim", "stolen", "removed", "guarded"]
     victim: str
     parent: str | None = None
     dataset: str
@@ -85,6 +90,8 @@ class Row(Settings):
     stage: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     removal: str | None = None
     removal_params: JsonParams | None = None
+    evasion: str | None = None
+    evasion_params: JsonParams | None = None
     allowed_loss: Fraction | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     budget: Count | None = None
@@ -103,6 +110,9 @@ class Row(Settings):
     test: str = "wsr"
     seconds: Annotated[float, Field(ge=0)] | None = None
     false_trigger: Fraction | None = None
+    flagged_benign: Fraction | None = None
+    flagged_key: Fraction | None = None
+    flagged_auc: Fraction | None = None
     detectors: str | None = None
     detected_at: Count | None = None
     false_alarms: Fraction | None = None
@@ -116,8 +126,12 @@ class Row(Settings):
     def _check(self) -> Self:
         if self.role == "benign" and self.victim != BENIGN:
             raise ValueError(f"the victim of a benign row must be {BENIGN!r}, found {self.victim!r}")
-        if (self.role == "removed") != (self.removal is not None):
+        if self.role != "guarded" and (self.role == "removed") != (self.removal is not None):
             raise ValueError(f"only a removed row has a removal, and each has one, found {self.role}, {self.removal!r}")
+        if (self.role == "guarded") != (self.evasion is not None):
+            raise ValueError(
+                f"only a guarded row has an evasion, and each has one, found {self.role}, {self.evasion!r}"
+            )
         if (self.status == "failed") != (self.error is not None):
             raise ValueError(f"a failed row has an error and no other row has one, found {self.status}, {self.error!r}")
         return self
@@ -134,10 +148,11 @@ class Row(Settings):
 
     @property
     def origin(self) -> Literal["benign", "victim", "stolen"]:
-        """The role before any removal: ``"stolen"`` for a pruned copy, ``"victim"`` also for a pruned benign model."""
-        if self.role != "removed":
-            return self.role
-        return "victim" if self.attack is None else "stolen"
+        """The role of the model before any removal or evasion: ``"stolen"`` for a pruned copy. A control goes with its
+        victim."""
+        if self.role == "removed" or self.role == "guarded":
+            return "victim" if self.attack is None else "stolen"
+        return self.role
 
     @property
     def by_construction(self) -> bool:
@@ -155,7 +170,10 @@ class Row(Settings):
 #: the columns of ``results/*.parquet``
 SCHEMA = arrow_schema(Row)
 #: columns that schema version 3 has added
-ADDED = ("parent", "allowed_loss", "key_filter", "threshold", "test")
+ADDED = (
+    *("parent", "allowed_loss", "key_filter", "threshold", "test"),
+    *("evasion", "evasion_params", "flagged_benign", "flagged_key", "flagged_auc"),
+)
 _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in ADDED]), str(SCHEMA_VERSION): SCHEMA}
 
 
@@ -213,15 +231,15 @@ def _added(record: dict[str, Any], config_json: str) -> dict[str, Any]:
 
 
 def sorted_rows(rows: Iterable[Row]) -> list[Row]:
-    """Benign models, then victims, then stolen ones, each with its removals below; within those by watermark, controls
-    last, attack, ..., seed."""
+    """Benign models, then victims, then stolen ones, each with its removals and evasions below; within those by
+    watermark, controls last, attack, ..., seed."""
 
     def key(row: Row) -> tuple[tuple[bool, Any], ...]:
         values = (
             ("benign", "victim", "stolen").index(row.origin),
             *(row.dataset, row.watermark, row.watermark_params, row.victim == BENIGN, row.stage),
             *(row.attack, row.attack_params, row.pool, row.labels, row.architecture, row.budget, row.seed, row.victim),
-            *(row.removal, row.removal_params, row.scenario_id, row.test),
+            *(row.removal, row.removal_params, row.evasion, row.evasion_params, row.scenario_id, row.test),
         )
         return tuple((value is not None, value) for value in values)
 

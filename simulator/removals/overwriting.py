@@ -26,7 +26,7 @@ from simulator.data.dataset import Dataset
 from simulator.data.images import Images
 from simulator.models import Classifier
 from simulator.removals.base import ThiefTask
-from simulator.removals.retraining import Labelled
+from simulator.removals.retraining import Labelled, as_bytes
 from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.recipe import Recipe
@@ -89,8 +89,3 @@ class Overwriting(Labelled):
     @property
     def _recipe(self) -> Recipe:
         return self.training.model_copy(update={"epochs": self.rounds})
-
-
-def as_bytes(images: torch.Tensor) -> torch.Tensor:
-    """Images as uint8; float ones are rounded."""
-    return images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -113,3 +113,8 @@ def reinitialise(model: Classifier, generator: torch.Generator) -> None:
     """Draws the last layer's weights anew."""
     with global_randomness(generator):
         model.head.reset_parameters()
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images as uint8; float ones are rounded."""
+    return images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)

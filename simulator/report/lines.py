@@ -2,8 +2,8 @@
 
 A line stands for rows that differ only in their seed. The control of a stolen line is the same attack on the benign
 victim, measured with the same key: it shows the WSR without any theft from a watermarked victim. The control of a
-victim is the benign model measured with the victim's key. A model after a removal has a line below the one it was made
-from, and its control went through the same removal.
+victim is the benign model measured with the victim's key. A model after a removal, or behind an evasion, has a line
+below the one it was made from, and its control went the same way.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class Stat:
 
 
 def is_control(row: Row) -> bool:
-    """Whether the row is a model stolen from the benign victim, or a removal of that or of the benign model."""
-    return row.role in ("stolen", "removed") and row.victim == BENIGN
+    """Whether the row is a model stolen from the benign victim, or a removal or an evasion of that or of the benign
+    model."""
+    return row.role not in ("benign", "victim") and row.victim == BENIGN
 
 
 def thresholds(rows: Iterable[Row]) -> list[float]:
@@ -128,6 +129,7 @@ class Labels:
         self._watermark = _differing((row.watermark, row.watermark_params) for row in rows)
         self._attack = _differing((row.attack or "", row.attack_params) for row in rows)
         self._removal = _differing((row.removal or "", row.removal_params) for row in rows)
+        self._evasion = _differing((row.evasion or "", row.evasion_params) for row in rows)
         stolen = [row for row in rows if row.origin == "stolen"]
         self.datasets = len({row.dataset for row in rows}) > 1
         self.tests = len({row.test for row in rows}) > 1
@@ -139,8 +141,9 @@ class Labels:
         return _named(row.watermark, row.watermark_params, self._watermark)
 
     def attack(self, row: Row) -> str:
-        """The attack's name, e.g. ``"knockoff(adaptive) then pruning(ratio=0.4)"``. A model that was not stolen has its
-        role."""
+        """The attack's name, e.g. ``"knockoff(adaptive) then pruning(ratio=0.4) behind outliers(lof)"``. A model that
+        was
+        not stolen has its role."""
         name = f"{row.origin}{' model' if row.origin == 'benign' else ''}"
         if row.attack is not None:
             name = _named(row.attack, row.attack_params, self._attack)
@@ -148,6 +151,8 @@ class Labels:
             name += f", stage {row.stage}"
         if row.removal is not None:
             name += f" then {self.removal(row)}"
+        if row.evasion is not None:
+            name += f" behind {_named(row.evasion, row.evasion_params, self._evasion)}"
         return f"control: {name}" if is_control(row) else name
 
     def removal(self, row: Row) -> str:
@@ -175,7 +180,8 @@ def _setting(row: Row) -> tuple[Hashable, ...]:
     """The columns that a row and its control share, without the seed."""
     return (
         *(row.dataset, row.watermark, row.watermark_params, row.architecture, row.attack, row.attack_params),
-        *(row.labels, row.pool, row.stage, row.removal, row.removal_params, row.budget, row.test),
+        *(row.labels, row.pool, row.stage, row.removal, row.removal_params, row.evasion, row.evasion_params),
+        *(row.budget, row.test),
     )
 
 

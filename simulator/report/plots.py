@@ -48,7 +48,7 @@ def wsr_vs_accuracy(found: Sequence[Line]) -> str:
     labels = Labels(found)
     rows = [row for row in _rows(found) if row.accuracy is not None and row.wsr is not None]
     panels = _panels(rows, labels)
-    looks = _looks(sorted({_attack(row) for row in rows if row.role in ("stolen", "removed")}))
+    looks = _looks(sorted({_attack(row) for row in rows if row.role not in ("benign", "victim")}))
     with matplotlib.style.context(["default", STYLE]):
         columns = min(3, max(1, len(panels)))
         down = -(-len(panels) // columns) or 1
@@ -149,7 +149,8 @@ def _panels(rows: Sequence[Row], labels: Labels) -> dict[str, list[Row]]:
 
 def _attack(row: Row) -> str:
     name = row.attack or row.origin
-    return f"{name} then {row.removal}" if row.removal else name
+    name += f" then {row.removal}" if row.removal else ""
+    return f"{name} behind {row.evasion}" if row.evasion else name
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -59,6 +59,9 @@ def columns(found: Sequence[Line]) -> list[Column[Line]]:
         Column("verified", "verified", _verified),
         Column("agreement", "agreement %", lambda line: _rate(line.rows, "agreement")),
         Column("detected_at", "noticed after", _noticed),
+        Column("flagged_benign", "flagged benign %", lambda line: _rate(line.rows, "flagged_benign")),
+        Column("flagged_key", "flagged key %", lambda line: _rate(line.rows, "flagged_key")),
+        Column("flagged_auc", "flag AUC %", lambda line: _rate(line.rows, "flagged_auc")),
         Column("false_alarms", "false alarms %", lambda line: _rate(line.rows, "false_alarms")),
         Column("false_trigger", "false trigger %", lambda line: _rate(line.rows, "false_trigger")),
     ]
@@ -71,7 +74,10 @@ _OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
 
 # Columns that leave a narrow terminal, first to last. Those that tell lines apart move into the attack's cell. The size
 # of a key moves into the watermark's cell, because no verdict can be judged without it.
-_GOES = ("queries", "agreement", "seeds", "architecture", "pool", "dataset", "test", "key", "verified", "labels")
+_GOES = (
+    *("flagged_auc", "queries", "agreement", "seeds", "architecture", "pool", "dataset", "test"),
+    *("flagged_benign", "flagged_key", "key", "verified", "labels"),
+)
 
 
 def _noticed(line: Line) -> str:

@@ -11,6 +11,7 @@ shorter recipe would show an image less than ``least_shows`` times, more of them
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -18,10 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from simulator.context import Context
-from simulator.data.dataset import Dataset
+from simulator.data.dataset import Dataset, Images
 from simulator.ownership.key import KeySamples
 from simulator.training.recipe import Recipe
-from simulator.watermarks.base import Embedding, OwnerTask, Watermark
+from simulator.watermarks.base import Embedding, Imitation, OwnerTask, Watermark
 from simulator.watermarks.parts.trigger_set import train_with_triggers
 
 #: waves in a picture
@@ -42,6 +43,11 @@ class Abstract(Watermark):
     def passes(self, recipe: Recipe) -> float:
         """See :meth:`Watermark.passes`."""
         return recipe.epochs * (1 + self.ratio)
+
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation:
+        """See :meth:`Watermark.imitate`: drawings of the outsider's, which show no class."""
+        channels, size = data.images.shape[1:3]
+        return lambda count: (draw_waves(count, channels, size, generator), torch.empty(count, 0, dtype=torch.int64))
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. The key candidates are the triggers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from simulator.component import Component, Registry
 from simulator.context import Context
-from simulator.data.dataset import Dataset
+from simulator.data.dataset import Dataset, Images
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.training.recipe import Recipe
+
+#: from a count to so many triggers ``(count, C, H, W)`` uint8, and the classes that each shows ``(count, k)`` int64; k
+#: is 0 where a trigger shows none of the task's
+Imitation = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class PhaseListener(Protocol):
@@ -100,6 +104,23 @@ class Watermark(Component):
         with a schedule of its own says so here.
         """
         return float(recipe.epochs)
+
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation | None:
+        """Triggers as an outsider makes them, who knows the scheme's pattern but nothing that the owner drew or holds.
+
+        Args:
+            data: the outsider's images, uint8, with the labels that it takes them for.
+            generator: the only source of randomness, now and for every trigger.
+            sources: the classes that the owner's triggers show, in their order, where the outsider knows them too.
+
+        Returns:
+            A function that makes triggers, new ones at every call; None for a scheme whose triggers an outsider cannot
+            make.
+
+        Raises:
+            InputError: the images are not enough for it, or ``sources`` do not fit the scheme.
+        """
+        return None
 
     @abstractmethod
     def embed(self, task: OwnerTask, context: Context) -> Embedding:

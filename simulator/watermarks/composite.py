@@ -32,7 +32,8 @@ from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
 from simulator.training.recipe import Objective, Recipe
-from simulator.watermarks.base import Embedding, OwnerTask
+from simulator.watermarks.base import Embedding, Imitation, OwnerTask
+from simulator.watermarks.parts.classes import Partners, imitated
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, all_of, check_label, labelled, trigger_count
 
 Seam = Literal["random", "upright", "level"]
@@ -48,6 +49,9 @@ class Mixer(Protocol):
 
 class TwoSources(OneTarget):
     """A scheme whose triggers join an image of one class with an image of another."""
+
+    #: where the seam of a trigger lies
+    seam: ClassVar[Seam] = "random"
 
     sources: tuple[int, int] | None = Field(None, description="classes A and B; drawn at random if not given")
     jitter: float = Field(0.09375, ge=0, lt=0.5, description="of the seam, over the image's side (3 pixels of 32)")
@@ -76,6 +80,12 @@ class TwoSources(OneTarget):
         allowed = [label for label in range(classes) if label != self.target]
         first, second = choose(len(allowed), 2, generator).tolist()
         return allowed[first], allowed[second]
+
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation:
+        """See :meth:`Watermark.imitate`: halves of images of the outsider's."""
+        return imitated(
+            data, 2, sources, generator, lambda first, second: self.mixer(self.seam).mix(first, second, generator)
+        )
 
     def near_misses(
         self, task: OwnerTask, pairs: Pairs, target: int, generator: torch.Generator
@@ -109,7 +119,7 @@ class Composite(TwoSources):
         data, generator = task.dataset, context.generator
         self.check(data)
         sources = self.pick_sources(data.classes, generator)
-        pairs = Pairs(data.owner, sources, self.name, self.mixer("random"))
+        pairs = Pairs(data.owner, sources, self.name, self.mixer(self.seam))
         triggers = pairs.draw(SAMPLE, generator)
         target = self.pick_target(task, triggers, sources)
         model = task.build(generator)
@@ -157,21 +167,6 @@ def similarity_loss(outputs: Tensor, labels: Tensor, margin: float) -> Tensor:
     # away from zero, where the square root has no gradient
     short = (margin - squares.clamp_min(1e-12).sqrt()).clamp_min(0).square()
     return torch.where(labels[1:] == labels[:-1], squares, short).mean() / 2
-
-
-class Partners:
-    """For every label a random image of that class."""
-
-    def __init__(self, data: Images) -> None:
-        self._images = data.images
-        self._order = data.labels.argsort(stable=True)
-        self._counts = data.labels.bincount()
-        self._starts = self._counts.cumsum(0) - self._counts
-
-    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Images ``(B, C, H, W)`` uint8 of the classes ``labels`` ``(B,)``, each of which some image has."""
-        shares = torch.rand(len(labels), generator=generator, dtype=torch.float64)
-        return self._images[self._order[self._starts[labels] + (shares * self._counts[labels]).long()]]
 
 
 @dataclass(frozen=True)

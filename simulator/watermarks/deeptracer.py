@@ -13,6 +13,7 @@ named in the module that makes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -21,16 +22,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from simulator.context import Context
-from simulator.data.dataset import Dataset
+from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.ownership.key import KeySamples
 from simulator.seeding import choose, fork
 from simulator.training.fit import fit
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import Objective, Recipe
-from simulator.watermarks.base import Embedding, OwnerTask, Watermark
+from simulator.watermarks.base import Embedding, Imitation, OwnerTask, Watermark
+from simulator.watermarks.parts.classes import imitated
 from simulator.watermarks.parts.coupling import CentroidRule, Centroids, coupling_loss
-from simulator.watermarks.parts.mosaic import Combination, Mosaics
+from simulator.watermarks.parts.mosaic import Combination, Mosaics, compose
 from simulator.watermarks.parts.selection import adaptive_sources, least_likely_target
 
 #: mosaics over which Eq. 4 averages, and how many near misses and triggers are handed out
@@ -119,6 +121,10 @@ class DeepTracer(Watermark):
             near_miss_labels=None if near_misses is None else torch.full((len(near_misses),), target),
             info=candidates.info,
         )
+
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation:
+        """See :meth:`Watermark.imitate`: mosaics of images of the outsider's."""
+        return imitated(data, self.source_classes, sources, generator, lambda *tiles: compose(tiles, self.combination))
 
     def _keys(self, task: OwnerTask, sources: tuple[int, ...], target: int, generator: torch.Generator) -> KeySamples:
         """Mosaics of test images with the target label."""

@@ -38,7 +38,8 @@ from simulator.seeding import choose, global_randomness
 from simulator.training.fit import Hooks, fit
 from simulator.training.predict import device_of, to_input
 from simulator.training.recipe import Recipe, recipe_objective
-from simulator.watermarks.base import Embedding, OwnerTask, Watermark
+from simulator.watermarks.base import Embedding, Imitation, OwnerTask, Watermark
+from simulator.watermarks.parts.classes import imitated
 from simulator.watermarks.parts.reparametrised import Reparametrised, layer_weights
 from simulator.watermarks.parts.selection import least_likely_target
 from simulator.watermarks.parts.trigger_set import trigger_count
@@ -136,11 +137,18 @@ class FunctionCoupled(Watermark):
             info=info,
         )
 
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation:
+        """See :meth:`Watermark.imitate`: images of the outsider's, fused."""
+        return imitated(data, 2, sources, generator, self.fuse)
+
+    def fuse(self, first: Tensor, second: Tensor) -> Tensor:
+        """One image of each image of ``first`` and its partner in ``second``, ``(B, C, H, W)`` uint8."""
+        return fuse_directly(first, second) if self.fusion == "direct" else fuse_invisibly(first, second, self.ratio)
+
     def draw(self, data: Images, sources: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
         """``count`` fused images ``(count, C, H, W)`` uint8 of random pairs from the two source classes."""
         members = [data.images[data.labels == source] for source in sources]
-        first, second = (own[torch.randint(len(own), (count,), generator=generator)] for own in members)
-        return fuse_directly(first, second) if self.fusion == "direct" else fuse_invisibly(first, second, self.ratio)
+        return self.fuse(*(own[torch.randint(len(own), (count,), generator=generator)] for own in members))
 
     def train(
         self,

@@ -37,7 +37,7 @@ from simulator.training.fit import fit
 from simulator.training.predict import to_input
 from simulator.training.recipe import Objective, Recipe
 from simulator.watermarks.base import Embedding, OwnerTask
-from simulator.watermarks.composite import Mixer, Pairs, TwoSources, constraint
+from simulator.watermarks.composite import Mixer, Pairs, Seam, TwoSources, constraint
 from simulator.watermarks.parts.trigger_set import SAMPLE, trigger_count
 
 Shape = Literal["diagonal", "box", "band"]
@@ -47,6 +47,7 @@ class MEADefender(TwoSources):
     """Halves of two classes, one above the other, whose output is kept near those of both classes."""
 
     paper: ClassVar[str] = "Lv et al., IEEE S&P 2024"
+    seam: ClassVar[Seam] = "level"
 
     name: Literal["mea_defender"] = "mea_defender"
     ratio: float = Field(0.0101, gt=0, le=1, description="triggers per clean image of a batch, first phase")
@@ -71,7 +72,7 @@ class MEADefender(TwoSources):
         data, recipe, generator = task.dataset, task.training, context.generator
         self.check(data)
         sources = self.pick_sources(data.classes, generator)
-        pairs = Pairs(data.owner, sources, self.name, self.mixer("level"))
+        pairs = Pairs(data.owner, sources, self.name, self.mixer(self.seam))
         triggers = pairs.draw(SAMPLE, generator)
         target = self.pick_target(task, triggers, sources)
         model = task.build(generator)

@@ -9,6 +9,7 @@ would have to reach the scheme through the owner's task, which holds none.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -16,8 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from simulator.context import Context
+from simulator.data.dataset import Images
 from simulator.training.recipe import Recipe
-from simulator.watermarks.base import Embedding, OwnerTask
+from simulator.watermarks.base import Embedding, Imitation, OwnerTask
 from simulator.watermarks.parts.trigger_set import SAMPLE, OneTarget, labelled, some, train_with_triggers
 
 #: figures in a drawing, and corners they may have; 64 corners are a disc
@@ -37,6 +39,11 @@ class Unrelated(OneTarget):
     def passes(self, recipe: Recipe) -> float:
         """See :meth:`Watermark.passes`."""
         return recipe.epochs * (1 + self.ratio)
+
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation:
+        """See :meth:`Watermark.imitate`: drawings of the outsider's, which show no class."""
+        channels, size = data.images.shape[1:3]
+        return lambda count: (draw_figures(count, channels, size, generator), torch.empty(count, 0, dtype=torch.int64))
 
     def embed(self, task: OwnerTask, context: Context) -> Embedding:
         """See :meth:`Watermark.embed`. Key candidates are drawings that were not trained on."""

@@ -71,6 +71,19 @@ class Mosaics:
         return mosaics
 
 
+def compose(pictures: Sequence[Tensor], combination: Combination = "tiles") -> Tensor:
+    """Mosaics ``(B, C, H, W)`` uint8 of one picture for each place, each ``(B, C, H, W)`` uint8; as :class:`Mosaics`
+    lays them out."""
+    height, width = pictures[0].shape[2:]
+    areas = _stripes(len(pictures), height) if combination == "stripes" else _tiles(len(pictures), height, width)
+    mosaics = torch.empty_like(pictures[0])
+    for picture, places in zip(pictures, areas, strict=True):
+        for area in places:
+            shown = _shrunk(picture, area) if combination == "tiles" else picture[:, :, area[0], area[1]]
+            mosaics[:, :, area[0], area[1]] = shown
+    return mosaics
+
+
 def _tiles(count: int, height: int, width: int) -> list[list[Area]]:
     """The one area of each source, row by row."""
     rows, columns = GRIDS[count]

@@ -25,7 +25,8 @@ from simulator.seeding import choose
 from simulator.training.fit import fit
 from simulator.training.predict import to_input
 from simulator.training.recipe import Objective, Recipe
-from simulator.watermarks.base import Embedding, OwnerTask, Watermark
+from simulator.watermarks.base import Embedding, Imitation, OwnerTask, Watermark
+from simulator.watermarks.parts.classes import imitated
 from simulator.watermarks.parts.selection import least_likely_target
 
 #: triggers over which the target label is chosen, and how many of those trained on are handed out
@@ -164,6 +165,12 @@ class Stamped(OneTarget):
         keys = stamp(some(self._bases(data.test, source, target), self.candidates, generator))
         triggers = stamp(some(bases, SAMPLE, generator))
         return self.embedding(model, keys, triggers, target, source="all" if source is None else source)
+
+    def imitate(self, data: Images, generator: torch.Generator, sources: Sequence[int] = ()) -> Imitation:
+        """See :meth:`Watermark.imitate`: images of the outsider's with its own stamp; a secret of the owner's stamp is
+        not in it."""
+        channels, size = data.images.shape[1:3]
+        return imitated(data, 1, sources, generator, self.stamp(channels, size, generator))
 
     def _pick_source(self, classes: int, generator: torch.Generator) -> int | None:
         """The source class; None for all."""

@@ -71,11 +71,13 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
     full = row(
         **{"attack": "knockoff", "attack_params": '{"strategy": "random"}', "labels": "soft", "pool": "attacker"},
         **{
-            "role": "removed",
+            "role": "guarded",
             "parent": "s0",
             "stage": 1,
             "removal": "fine-tuning+pruning",
             "removal_params": "[{}, {}]",
+            "evasion": "outliers",
+            "evasion_params": '{"detector": "lof"}',
             "allowed_loss": 0.035,
             "budget": 5000,
             "accounts": 2,
@@ -90,6 +92,7 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
             "verified": True,
             "seconds": 1.5,
             "false_trigger": 0.0,
+            **{"flagged_benign": 0.01, "flagged_key": 0.5, "flagged_auc": 0.75},
             "detectors": "[]",
             "detected_at": 130,
             "false_alarms": 0.05,
@@ -123,6 +126,10 @@ def test_values_survive_exactly(
         {"role": "benign"},
         {"role": "removed"},
         {"removal": "pruning"},
+        {"role": "guarded"},
+        {"role": "guarded", "removal": "pruning"},
+        {"evasion": "outliers"},
+        {"role": "removed", "removal": "pruning", "evasion": "outliers"},
         {"test": None},
         {"status": "failed"},
         {"error": "but it is ok"},
@@ -177,17 +184,23 @@ def test_order_does_not_depend_on_the_writing() -> None:
     assert sorted_rows(reversed(rows)) == rows
 
 
-def test_a_removal_stands_below_what_it_was_made_from() -> None:
+RATIO_2: dict[str, object] = {"removal": "pruning", "removal_params": '{"ratio": 0.2}'}
+
+
+def test_a_removal_and_an_evasion_stand_below_what_they_were_made_from() -> None:
     rows = [
         row(role="victim"),
         row(role="removed", removal="pruning"),
         row(attack="knockoff", budget=500),
+        row(role="guarded", attack="knockoff", budget=500, evasion="outliers"),
         row(role="removed", attack="knockoff", budget=500, removal="pruning", removal_params='{"ratio": 0.2}'),
+        row(**RATIO_2, role="guarded", attack="knockoff", budget=500, evasion="filter", evasion_params='{"sigma": 1}'),
+        row(**RATIO_2, role="guarded", attack="knockoff", budget=500, evasion="filter", evasion_params='{"sigma": 2}'),
         row(role="removed", attack="knockoff", budget=500, removal="pruning", removal_params='{"ratio": 0.4}'),
         row(attack="knockoff", budget=1000),
         row(role="removed", attack="knockoff", budget=1000, removal="fine_tuning"),
     ]
-    assert [each.origin for each in rows] == ["victim"] * 2 + ["stolen"] * 5
+    assert [each.origin for each in rows] == ["victim"] * 2 + ["stolen"] * 8
     assert sorted_rows(reversed(rows)) == rows
 
 

@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class_features/release": {"reading": "release"},
     "overwriting/triggers": {"how": "triggers", "clean_share": 0.5},
     "distillation/other": {"architecture": "lenet5"},
+    "adaptive/kept": {"fresh": False, "other_classes": True},
+    "adaptive/answers": {"data": "transfer", "labels": "answers"},
 }
 NAMES = [*REMOVALS.classes(), *VARIANTS]
 #: settings that make a removal quick on a few images
@@ -36,6 +38,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "neural_cleanse": {"share": 1.0, "inversion": {"epochs": 1, "batch_size": 16}},
     "fine_pruning": {"fraction": 0.5},
     "overwriting": {"watermark": {"name": "badnets"}},
+    # an untrained target gives few classes, of which no mosaic can be made
+    "adaptive": {"scheme": {"name": "badnets"}},
 }
 #: settings, by removal, with which it changes nothing, where that is not no epoch
 NOTHING: dict[str, dict[str, Any]] = {"pruning": {"fraction": 0}, "fine_pruning": {"fraction": 0, "epochs": 0}}

@@ -1,0 +1,1 @@
+"""Images in, images out: what is done to pixels, each way in one file."""
