@@ -276,7 +276,7 @@ def audit(out: Path, reference: Path, outcome: Outcome) -> None:
 def _book(run: Path) -> Ledger:
     """A run's account, read from a copy of its file."""
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(shutil.copy(run / "ledger" / "ledger.log", folder)))
+        ledger = Ledger(Path(shutil.copytree(run / "ledger", Path(folder) / "ledger")) / "ledger.log")
         ledger.close()
     return ledger
 

@@ -186,7 +186,7 @@ def audit_ledger(run_dir: Path) -> int:
     terminal.console().print(found.line(), soft_wrap=True, highlight=False, markup=False)
     for fault in found.faults:
         terminal.console().print(f"  {printable(fault)}", soft_wrap=True, highlight=False, markup=False)
-    return 0 if found.agrees else 1
+    return 0 if found.agrees and not found.missing else 1
 
 
 @exsim.command()

@@ -60,11 +60,14 @@ class Audit:
         accounts: by name.
         compared: what was compared with the log, e.g. ``["4 rows", "1 transfer set"]``.
         faults: every disagreement, one line each.
+        missing: whether there is no ledger, and none that is known to have been there. A directory of results that was
+            passed on may have none.
     """
 
     accounts: dict[str, Account] = field(default_factory=dict)
     compared: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    missing: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -73,6 +76,8 @@ class Audit:
 
     def line(self) -> str:
         """One line for a report."""
+        if self.missing:
+            return "account: no ledger lies here, so nothing was checked"
         grants = sum(len(account.grants) for account in self.accounts.values())
         images = sum(account.charged for account in self.accounts.values())
         text = f"account: {_number(grants, 'grant')}, {_number(images, 'image')}"
@@ -95,6 +100,9 @@ def audit(run: Path, rows: Iterable[Measured], head: Head | None = None, *, ende
     found = Audit()
     # what is there before the log is read, the log knows
     sets, parts = sorted((run / "transfer").glob("*.safetensors")), sorted((run / "queries").glob("part-*.parquet"))
+    if head is None and not (run / "ledger").exists():
+        found.missing = True
+        return found
     try:
         _replay(found, run / "ledger" / "ledger.log", head)
     except InputError as error:
