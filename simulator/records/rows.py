@@ -66,7 +66,8 @@ class Row(Settings):
     ``detectors`` is the JSON list of the detectors
     that watched a theft's accounts, ``detected_at`` the images that an account had been answered when it was noticed,
     the least of all accounts and detectors (None: never), ``false_alarms`` the share of a victim's simulated benign
-    clients that they notice. Not every field applies to every role; what does not apply, or failed before it was known,
+    clients that they notice. ``diagnostics`` is the JSON object of what a victim's scheme measured of its own training.
+    Not every field applies to every role; what does not apply, or failed before it was known,
     is None.
     """
 
@@ -105,6 +106,7 @@ class Row(Settings):
     detectors: str | None = None
     detected_at: Count | None = None
     false_alarms: Fraction | None = None
+    diagnostics: JsonParams | None = None
     warning: str | None = None
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
@@ -153,7 +155,7 @@ class Row(Settings):
 #: the columns of ``results/*.parquet``
 SCHEMA = arrow_schema(Row)
 #: columns that schema version 3 has added
-ADDED = ("parent", "key_filter", "threshold", "test")
+ADDED = ("parent", "key_filter", "threshold", "test", "diagnostics")
 _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in ADDED]), str(SCHEMA_VERSION): SCHEMA}
 
 

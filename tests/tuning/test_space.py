@@ -12,7 +12,7 @@ from simulator.errors import InputError
 from simulator.plan.config import read_config
 from tuning.config import read_sweep
 from tuning.proposals import Learned, proposals
-from tuning.space import Axis, applied, grid, random, setting_id
+from tuning.space import Axis, applied, grid, random, setting_id, value_at
 
 BASE = read_config("digits")
 SPACE = {
@@ -166,3 +166,12 @@ def test_overrides_reach_the_base_that_a_preset_names() -> None:
     assert config.base.watermarks[0].model_dump()["first_epochs"] == 3
     assert config.seeds == (7,)
     assert config.rungs() == {}
+
+
+def test_a_setting_that_is_left_out_of_dumps_can_be_searched() -> None:
+    base = read_config("digits")
+    assert value_at(base, "watermarks.0.inter_warmup") == 0.0
+    path = "watermarks.0.inter_warmup"
+    assert applied(base, {path: 0.25}).watermarks[0].params()["inter_warmup"] == 0.25
+    with pytest.raises(InputError, match=r"margin.relative: no such setting"):
+        value_at(base, "watermarks.0.margin.relative")
