@@ -23,7 +23,7 @@ class Search(Settings):
 
     Attributes:
         method: ``random``; ``grid`` (every combination); ``optuna`` (TPE on the scalarised value); ``optuna-pareto``
-            (TPE on accuracy drop and worst WSR as two objectives).
+            (TPE on accuracy drop and aggregated WSR as two objectives).
         seed: of the choice alone; what is computed does not depend on it.
     """
 

@@ -202,7 +202,11 @@ class DeepTracer(Watermark):
         return Coupling(margin, centroids, Course(2), self.inter_warmup * steps)
 
     def _diagnostics(self, task: OwnerTask, model: Classifier, coupling: Coupling) -> dict[str, Any]:
-        """Whether the coupling loss was at work, measured on test images; centroids are their classes' means."""
+        """Whether the coupling loss was at work, measured on test images; centroids are their classes' means.
+
+        A loss that has pushed everybody out was at work: the share of pairs in the last phase of the training counts,
+        too, before L_inter is called inactive.
+        """
         test, classes = task.dataset.test, task.dataset.classes
         benign, marked = (
             normalised(predict_logits(each, test.images), self.normalise) for each in (task.benign, model)
@@ -214,12 +218,13 @@ class DeepTracer(Watermark):
             "within_margin": rounded(within),
             "benign": geometry(benign, test.labels, classes),
             "victim": geometry(marked, test.labels, classes),
-            "training": coupling.course.summary(),
+            "training": (course := coupling.course.summary()),
         }
-        if self.coupling_weight * self.inter_weight > 0 and within < INACTIVE:
+        pushed = max([within, *(phase["within_margin"] for phase in [*course.values()][-1:])])
+        if self.coupling_weight * self.inter_weight > 0 and pushed < INACTIVE:
             found["warnings"] = [
-                f"L_inter is inactive: {within:.2g} of the pairs of a test image and another class lie within the "
-                f"margin of {coupling.margin:.3g}, less than {INACTIVE:g} (margin too small?)"
+                f"L_inter is inactive: {pushed:.2g} of the pairs of an image and another class lie within the margin "
+                f"of {coupling.margin:.3g}, less than {INACTIVE:g} (margin too small?)"
             ]
         return found
 

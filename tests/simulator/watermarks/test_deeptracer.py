@@ -276,6 +276,15 @@ class TestDiagnostics:
         for without in ({"inter_weight": 0.0}, {"coupling_weight": 0.0}):
             assert "warnings" not in self.embed(margin=1e-4, **without)[1].diagnostics
 
+    def test_a_loss_that_has_pushed_everybody_out_is_no_idle_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("simulator.watermarks.deeptracer.share_within", lambda *_: 0.5)
+        monkeypatch.setattr(Course, "summary", lambda _: {"phase 2": {"within_margin": 0.0}})
+        assert "warnings" not in self.embed(margin=1e-4)[1].diagnostics  # there are pairs within it now
+        monkeypatch.setattr("simulator.watermarks.deeptracer.share_within", lambda *_: 0.0)
+        assert "warnings" in self.embed(margin=1e-4)[1].diagnostics
+        monkeypatch.setattr(Course, "summary", lambda _: {"phase 2": {"within_margin": 0.5}})
+        assert "warnings" not in self.embed(margin=1e-4)[1].diagnostics  # there were some
+
     def test_a_relative_margin_is_measured_on_the_benign_model(self) -> None:
         work, found = self.embed(margin=RelativeMargin(relative=1.5))
         owner = work.dataset.owner
