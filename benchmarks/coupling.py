@@ -19,8 +19,9 @@ from simulator.models import Classifier, build
 from simulator.training.fit import fit
 from simulator.training.predict import use_one_thread
 from simulator.training.recipe import Objective, Recipe
-from simulator.watermarks.deeptracer import DeepTracer
+from simulator.watermarks.deeptracer import Coupling, DeepTracer
 from simulator.watermarks.parts.coupling import CentroidRule, Centroids
+from simulator.watermarks.parts.diagnostics import Course
 from simulator.watermarks.parts.mosaic import Mosaics
 
 #: of a step with the coupling loss against one of the same watermark without it
@@ -41,7 +42,8 @@ class Side:
         if scheme is not None:
             centroids = Centroids(scheme.centroid, CLASSES, scheme.centroid_momentum)
             mosaics = Mosaics(data, range(scheme.source_classes))
-            self._objective = scheme.objective(mosaics, LABEL, RATIO, centroids, self._generator)
+            coupling = Coupling(1.0, centroids, Course(2))
+            self._objective = scheme.objective(mosaics, LABEL, RATIO, coupling, self._generator)
             self._companions = {"centroids": centroids}
 
     def turn(self) -> float:

@@ -23,7 +23,17 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializationInfo,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 from simulator.errors import InputError, one_line
@@ -62,6 +72,20 @@ class Component(Settings):
 
     #: where it was published, for ``exsim list`` and the README, e.g. ``"Orekondy et al., CVPR 2019"``
     paper: ClassVar[str] = ""
+    #: fields that are younger than published figures: at their default they are left out of ``params()`` and of what a
+    #: model is dumped as, so that the ids of older models stay what they are
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """All fields, with the context ``{"whole": True}``; else those of :attr:`later` that are not at their default,
+        and all the others."""
+        found: dict[str, Any] = dump(self)
+        if not (info.context or {}).get("whole"):
+            for name in self.later:
+                if getattr(self, name) == type(self).model_fields[name].default:
+                    found.pop(name, None)
+        return found
 
     def params(self) -> dict[str, Any]:
         """Every field but ``name``, as plain JSON values."""
@@ -90,7 +114,8 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
     """
     problems = error.errors(include_url=False)
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "function-before")
+    # what pydantic adds for itself is no place: its validators, and tags of unions, which are in brackets
+    where = ".".join(part for part in map(str, first["loc"]) if part != "function-before" and not part.startswith("("))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         allowed = _settings_at(model, first["loc"][:-1]) if model else []

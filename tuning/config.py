@@ -23,7 +23,7 @@ class Search(Settings):
 
     Attributes:
         method: ``random``; ``grid`` (every combination); ``optuna`` (TPE on the scalarised value); ``optuna-pareto``
-            (TPE on accuracy drop and worst WSR as two objectives).
+            (TPE on accuracy drop and aggregated WSR as two objectives).
         seed: decides the choice of settings alone. The trainings and thefts do not depend on it.
     """
 

@@ -65,7 +65,8 @@ class Learned:
     was stopped is told with what it is sure to reach (``guaranteed``: a WSR that was not measured counts as 0).
 
     Args:
-        pareto: two objectives, accuracy drop and worst WSR, in place of the scalarised value.
+        pareto: two objectives, accuracy drop and the WSR that the objective aggregates (worst or mean), in place of the
+            scalarised value. Halving compares by one number, and goes on doing so by the value.
         batch: of proposals between which nothing is learned.
     """
 
@@ -77,6 +78,7 @@ class Learned:
             raise InputError("search: optuna is not installed; pip install 'extraction-simulator[optuna]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._objective, self._pareto, self._batch = config.objective, pareto, batch
+        self._by_mean = config.objective.aggregate == "mean"
         assert config.trials is not None
         self.total = config.trials
         default = config.default()
@@ -114,11 +116,11 @@ class Learned:
     def _values(self, outcome: Outcome) -> dict[str, Any]:
         if outcome is None:
             return {"guaranteed": self._objective.worst, "drop": 1.0, "floor": 0.0}
-        whole = outcome["stage"] == outcome["last_stage"]
+        whole, wsr = outcome["stage"] == outcome["last_stage"], "mean_wsr" if self._by_mean else "worst_wsr"
         return {
             "guaranteed": outcome["guaranteed"],
             "drop": outcome["drop"],
-            "floor": outcome["worst_wsr"] if whole else 0.0,
+            "floor": outcome[wsr] if whole else 0.0,
         }
 
 

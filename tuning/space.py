@@ -167,11 +167,13 @@ def value_at(base: RunConfig, path: str) -> Any:
     Raises:
         InputError: there is no such field.
     """
-    place: Any = json.loads(base.to_json())
+    # whole: a field that is left out of dumps at its default can be searched, too
+    place: Any = base.model_dump(mode="json", context={"whole": True})
     for part in path.split("."):
         inside = isinstance(place, list) and part.isdecimal() and int(part) < len(place)
         if not inside and not (isinstance(place, dict) and part in place):
-            there = list(place) if isinstance(place, dict) else [str(at) for at in range(len(place or ()))]
+            many = range(len(place)) if isinstance(place, list) else ()
+            there = sorted(place) if isinstance(place, dict) else [str(at) for at in many]
             raise InputError(f"space: {path}: {one_of(part, there)}" if there else f"space: {path}: no such setting")
         place = place[int(part)] if isinstance(place, list) else place[part]
     return place

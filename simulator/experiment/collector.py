@@ -131,9 +131,11 @@ class Collector:
         unmarked = self._owner_row(spec.benign, spec, benign)
         marked = self._owner_row(spec, spec, owner)
         warnings = self._warnings(marked, unmarked, self._key(spec) if spec.watermark.marks else None)
+        warnings += owner.diagnostics.get("warnings", [])
         marked = marked.model_copy(
             update={
                 "false_trigger": owner.false_trigger,
+                "diagnostics": json.dumps(owner.diagnostics, sort_keys=True) if owner.diagnostics else None,
                 "warning": "; ".join(warnings) or None,
                 **self._false_alarms(spec, owner.model),
             }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ class TrainedOwner:
         false_trigger: the rate at which near misses get the watermark's label, in [0, 1].
         seconds: training time, key and filter included.
         candidates: the samples that the key was filtered from; None without a filter.
+        diagnostics: see :class:`Embedding`; empty if the scheme measures nothing.
     """
 
     model: Classifier
@@ -45,6 +47,7 @@ class TrainedOwner:
     seconds: float
     started: datetime
     candidates: KeySamples | None = None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_owner_model(
@@ -100,6 +103,7 @@ def train_owner(
         time.perf_counter() - clock,
         started,
         None if key.info.get("filter") == "none" else embedding.candidates,
+        embedding.diagnostics,
     )
 
 

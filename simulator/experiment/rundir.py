@@ -202,7 +202,12 @@ class RunDirectory:
         if owner.key is not None and owner.triggers is not None:
             save_key(owner.key, self.path / "keys" / f"{spec.id}.safetensors")
             save_key(owner.triggers, self.path / "keys" / f"{spec.id}.triggers.safetensors")
-        header = {"seconds": owner.seconds, "started": owner.started.isoformat(), "false_trigger": owner.false_trigger}
+        header = {
+            "seconds": owner.seconds,
+            "started": owner.started.isoformat(),
+            "false_trigger": owner.false_trigger,
+            "diagnostics": dict(owner.diagnostics),
+        }
         save_model(owner.model, self._model(spec.file), {"owner": json.dumps(header)})
 
     def check_owners(self, plan: Plan) -> None:
@@ -231,6 +236,7 @@ class RunDirectory:
             header["false_trigger"],
             header["seconds"],
             datetime.fromisoformat(header["started"]),
+            diagnostics=header.get("diagnostics", {}),
         )
 
     def load_key(self, spec: OwnerModel) -> KeySamples:

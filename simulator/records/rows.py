@@ -71,8 +71,9 @@ class Row(Settings):
 
     ``detectors`` is the JSON list of the detectors that watched a theft's accounts. ``detected_at`` is how many images
     an account had been answered when it was noticed: the least over all accounts and detectors, None for never.
-    ``false_alarms`` is the share of a victim's simulated benign clients that the detectors notice. A field is None if
-    it does not apply to the role, or if the scenario failed before it was known.
+    ``false_alarms`` is the share of a victim's simulated benign clients that the detectors notice. ``diagnostics`` is
+    the JSON object of what a victim's scheme measured of its own training. A field is None if it does not apply to the
+    role, or if the scenario failed before it was known.
     """
 
     scenario_id: ScenarioId
@@ -116,6 +117,7 @@ class Row(Settings):
     detectors: str | None = None
     detected_at: Count | None = None
     false_alarms: Fraction | None = None
+    diagnostics: JsonParams | None = None
     warning: str | None = None
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
@@ -171,7 +173,7 @@ class Row(Settings):
 SCHEMA = arrow_schema(Row)
 #: columns that schema version 3 has added
 ADDED = (
-    *("parent", "allowed_loss", "key_filter", "threshold", "test"),
+    *("parent", "allowed_loss", "key_filter", "threshold", "test", "diagnostics"),
     *("evasion", "evasion_params", "flagged_benign", "flagged_key", "flagged_auc"),
 )
 _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in ADDED]), str(SCHEMA_VERSION): SCHEMA}

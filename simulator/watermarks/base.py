@@ -66,6 +66,8 @@ class Embedding:
             are false triggers. None where the scheme has no such notion.
         near_miss_labels: ``(N,)`` int64, the labels that would be the watermark's answer to them.
         info: JSON values for the key file and the log, such as the source classes.
+        diagnostics: JSON values for the victim's row: what the scheme measured of its own training. Its ``"warnings"``,
+            a list of lines, join the row's.
     """
 
     model: Classifier
@@ -75,6 +77,7 @@ class Embedding:
     near_misses: Tensor | None = None
     near_miss_labels: Tensor | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Watermark(Component):

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SerializeAsAny, ValidationError
 
 import simulator.attacks
 from simulator.attacks.base import ATTACKS
@@ -384,3 +384,28 @@ def test_settings_are_frozen_strict_and_hashable() -> None:
     with pytest.raises(ValidationError):
         Inner().count = 2  # type: ignore[misc]
     assert hash(Outer(values=(1.0,))) == hash(Outer(values=(1.0,)))
+
+
+class Grown(Component):
+    """A component that has got two settings since figures of it were published."""
+
+    later: ClassVar[tuple[str, ...]] = ("added", "more")
+
+    name: Literal["grown"] = "grown"
+    first: int = 1
+    added: float = 0.5
+    more: tuple[int, ...] = ()
+
+
+class Holder(Settings):
+    held: SerializeAsAny[Component] = Grown()
+
+
+def test_younger_settings_are_dumped_only_where_they_are_used() -> None:
+    assert Grown().params() == {"first": 1}
+    assert Grown(added=0.25).params() == {"first": 1, "added": 0.25}
+    assert Holder().model_dump(mode="json") == {"held": {"name": "grown", "first": 1}}
+    assert Holder(held=Grown(more=(2,))).model_dump(mode="json")["held"] == {"name": "grown", "first": 1, "more": [2]}
+    # a search has to see what it may change
+    whole = Holder().model_dump(mode="json", context={"whole": True})
+    assert whole == {"held": {"name": "grown", "first": 1, "added": 0.5, "more": []}}

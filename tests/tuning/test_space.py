@@ -12,7 +12,7 @@ from simulator.errors import InputError
 from simulator.plan.config import read_config
 from tuning.config import read_sweep
 from tuning.proposals import Learned, proposals
-from tuning.space import Axis, applied, grid, random, setting_id
+from tuning.space import Axis, applied, check_space, grid, random, setting_id, value_at
 
 BASE = read_config("digits")
 SPACE = {
@@ -152,8 +152,27 @@ def test_optuna_proposes_the_same_again_whatever_the_order_of_the_results(tmp_pa
         assert sum(late) / len(late) < sum(one["watermarks.0.margin"] for one in first[1:10]) / 9
 
 
+@pytest.mark.parametrize(("aggregate", "told"), [("mean", "mean_wsr"), ("min", "worst_wsr"), ("lower", "worst_wsr")])
+def test_two_objectives_are_the_drop_and_the_wsr_that_is_aggregated(aggregate: str, told: str) -> None:
+    pytest.importorskip("optuna")
+    learned = proposals(read_sweep("coupling", [f"objective.aggregate={aggregate}"]))
+    assert isinstance(learned, Learned)
+    report = {"guaranteed": 0.1, "drop": 0.02, "mean_wsr": 0.7, "worst_wsr": 0.4, "last_stage": "attack 5"}
+    assert learned._values(report | {"stage": "attack 5"})["floor"] == report[told]
+    # what was not measured counts as 0
+    assert learned._values(report | {"stage": "attack 4"}) == {"guaranteed": 0.1, "drop": 0.02, "floor": 0.0}
+
+
+def test_the_sweep_over_the_coupling_takes_every_value_of_its_space() -> None:
+    config = read_sweep("coupling")
+    assert len(list(check_space(config.base, config.space))) >= 2 * len(config.space)
+    assert config.default()["watermarks.0.margin.relative"] == 0.25
+    assert config.default()["watermarks.0.inter_warmup"] == 0.0
+    assert len(config.holdout.seeds) >= 4
+
+
 def test_a_sweeps_yaml_reads_back_equal(tmp_path: Path) -> None:
-    for preset in ("digits", "fashion-mnist-quick"):
+    for preset in ("digits", "fashion-mnist-quick", "coupling"):
         config = read_sweep(preset)
         (tmp_path / "again.yaml").write_text(config.to_yaml())
         assert read_sweep(str(tmp_path / "again.yaml")) == config
@@ -166,3 +185,12 @@ def test_overrides_reach_the_base_that_a_preset_names() -> None:
     assert config.base.watermarks[0].model_dump()["first_epochs"] == 3
     assert config.seeds == (7,)
     assert config.rungs() == {}
+
+
+def test_a_setting_that_is_left_out_of_dumps_can_be_searched() -> None:
+    base = read_config("digits")
+    assert value_at(base, "watermarks.0.inter_warmup") == 0.0
+    path = "watermarks.0.inter_warmup"
+    assert applied(base, {path: 0.25}).watermarks[0].params()["inter_warmup"] == 0.25
+    with pytest.raises(InputError, match=r"margin.relative: no such setting"):
+        value_at(base, "watermarks.0.margin.relative")

@@ -13,7 +13,7 @@ from simulator.training.predict import predict, predict_features
 
 def class_centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Mean feature of every class, ``(classes, D)`` from ``(N, D)`` and ``(N,)`` (Eq. 1)."""
-    sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    sums = torch.zeros(classes, features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
     return sums / labels.bincount(minlength=classes).clamp_min(1).unsqueeze(1)
 
 

@@ -97,6 +97,7 @@ def test_a_full_row_comes_back_as_it_was(tmp_path: Path) -> None:
             "detectors": "[]",
             "detected_at": 130,
             "false_alarms": 0.05,
+            "diagnostics": '{"margin": 1.0}',
             "warning": "weak",
             "started": when,
         },

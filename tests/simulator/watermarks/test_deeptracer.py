@@ -14,10 +14,13 @@ from simulator.context import Context
 from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
+from simulator.plan.config import read_config
+from simulator.plan.subjects import make_plan
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
-from simulator.watermarks.deeptracer import DeepTracer
-from simulator.watermarks.parts.coupling import CentroidRule, Centroids
+from simulator.watermarks.deeptracer import Coupling, DeepTracer
+from simulator.watermarks.parts.coupling import CentroidRule, Centroids, RelativeMargin
+from simulator.watermarks.parts.diagnostics import Course, centroid_distances, geometry
 from simulator.watermarks.parts.mosaic import Mosaics
 
 CLASSES = 3
@@ -48,6 +51,10 @@ def task(classes: int) -> OwnerTask:
 
 def build_with(drawn: torch.Generator, classes: int) -> Classifier:
     return build("linear", channels=1, size=8, classes=classes, generator=drawn)
+
+
+def coupled(rule: CentroidRule = "batch", margin: float = 1.0, rise: float = 0.0) -> Coupling:
+    return Coupling(margin, Centroids(rule, CLASSES, 0.9), Course(2), rise)
 
 
 def log_softmax(row: list[float]) -> list[float]:
@@ -109,7 +116,7 @@ class TestObjective:
     def test_it_is_equation_six(self, target: int, weights: dict[str, Any]) -> None:
         scheme = DeepTracer(source_classes=2, margin=self.margin, **weights)
         model, clean, labels, mosaics, _ = self.parts()
-        objective = scheme.objective(mosaics, target, 0.5, Centroids("batch", CLASSES, 0.9), generator())
+        objective = scheme.objective(mosaics, target, 0.5, coupled(margin=self.margin), generator())
         loss = objective(model, clean, labels)
         assert loss.shape == ()
         assert loss.item() == pytest.approx(self.by_hand(scheme, target), rel=1e-4)
@@ -117,19 +124,35 @@ class TestObjective:
     @pytest.mark.parametrize(("coupling_weight", "used"), [(0.0, False), (1e-6, True)])
     def test_without_weight_the_coupling_is_left_out(self, coupling_weight: float, used: bool) -> None:
         model, clean, labels, mosaics, _ = self.parts()
-        centroids = Centroids("moving", CLASSES, 0.9)
+        coupling = coupled("moving")
         scheme = DeepTracer(source_classes=2, coupling_weight=coupling_weight)
-        scheme.objective(mosaics, 1, 0.5, centroids, generator())(model, clean, labels)
-        assert bool(centroids.seen.any()) is used
+        scheme.objective(mosaics, 1, 0.5, coupling, generator())(model, clean, labels)
+        assert bool(coupling.centroids.seen.any()) is used
+
+    def test_a_rising_weight_reaches_its_height_and_stays(self) -> None:
+        model, clean, labels, mosaics, _ = self.parts()
+        scheme = DeepTracer(source_classes=2, watermark_weight=0.0, intra_weight=0.0, inter_weight=2.0)
+        plain = DeepTracer(source_classes=2, watermark_weight=0.0, coupling_weight=0.0)
+        rest = plain.objective(mosaics, 1, 0.5, coupled(), generator())(model, clean, labels)
+        objective = scheme.objective(mosaics, 1, 0.5, coupled(margin=self.margin, rise=4), generator())
+        parts = [(objective(model, clean, labels) - rest).item() for _ in range(6)]
+        assert parts[-1] > 0.01
+        assert [part / parts[-1] for part in parts] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0], rel=1e-3)
+
+    def test_normalised_features_have_length_one(self) -> None:
+        model, clean, labels, mosaics, _ = self.parts()
+        coupling = coupled("moving")
+        DeepTracer(source_classes=2, normalise="unit").objective(mosaics, 1, 0.5, coupling, generator())(
+            model, clean, labels
+        )
+        torch.testing.assert_close(coupling.centroids.values.norm(dim=1), torch.ones(CLASSES))
 
     @pytest.mark.parametrize(("ratio", "images", "mosaics"), [(0.01, 20, 1), (0.1, 20, 2), (0.1, 64, 6), (1.0, 5, 5)])
     def test_mosaics_are_added_in_proportion_and_at_least_one(self, ratio: float, images: int, mosaics: int) -> None:
         model, _, _, drawing, mosaic = self.parts()
         seen: list[Tensor] = []
         hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        objective = DeepTracer(source_classes=2).objective(
-            drawing, 1, ratio, Centroids("batch", CLASSES, 0.9), generator()
-        )
+        objective = DeepTracer(source_classes=2).objective(drawing, 1, ratio, coupled(), generator())
         objective(model, torch.rand(images, 1, 8, 8), torch.zeros(images, dtype=torch.int64))
         hook.remove()
         (batch,) = seen  # one forward pass for both
@@ -221,9 +244,112 @@ class TestEmbedding:
         assert bool(centroids.seen.any()) is (rule == "moving")
 
 
+class TestDiagnostics:
+    def embed(self, **settings: Any) -> tuple[OwnerTask, Any]:
+        """A victim whose phases are long enough to be measured: a step an epoch."""
+        work = task(8)
+        return work, DeepTracer(first_epochs=30, second_epochs=30, candidates=5, **settings).embed(
+            work, Context(generator(2))
+        )
+
+    def test_they_say_what_the_loss_did(self) -> None:
+        work, found = self.embed(margin=20.0, centroid="learnable")
+        told = found.diagnostics
+        assert set(told) == {"margin", "within_margin", "benign", "victim", "training"}
+        test = work.dataset.test
+        assert told["victim"] == geometry(found.model(test.images / 255).detach(), test.labels, 8)
+        for phase in ("phase 1", "phase 2"):
+            shares = told["training"][phase]["share"]
+            assert set(shares) == {"primary", "watermark", "intra", "inter"}
+            assert min(shares.values()) > 0
+            assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+            assert told["training"][phase]["within_margin"] > 0.5
+
+    def test_a_margin_that_nothing_lies_within_is_warned_of(self) -> None:
+        _, found = self.embed(margin=1e-4)
+        assert found.diagnostics["within_margin"] == 0.0
+        (line,) = found.diagnostics["warnings"]
+        assert "L_inter is inactive" in line
+        assert "0.0001" in line
+        assert found.diagnostics["training"]["phase 2"]["gradient"]["inter"] == 0.0
+        # who asks for no L_inter is not told that there is none
+        for without in ({"inter_weight": 0.0}, {"coupling_weight": 0.0}):
+            assert "warnings" not in self.embed(margin=1e-4, **without)[1].diagnostics
+
+    def test_a_loss_that_has_pushed_everybody_out_is_no_idle_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("simulator.watermarks.deeptracer.share_within", lambda *_: 0.5)
+        monkeypatch.setattr(Course, "summary", lambda _: {"phase 2": {"within_margin": 0.0}})
+        assert "warnings" not in self.embed(margin=1e-4)[1].diagnostics  # there are pairs within it now
+        monkeypatch.setattr("simulator.watermarks.deeptracer.share_within", lambda *_: 0.0)
+        assert "warnings" in self.embed(margin=1e-4)[1].diagnostics
+        monkeypatch.setattr(Course, "summary", lambda _: {"phase 2": {"within_margin": 0.5}})
+        assert "warnings" not in self.embed(margin=1e-4)[1].diagnostics  # there were some
+
+    def test_a_relative_margin_is_measured_on_the_benign_model(self) -> None:
+        work, found = self.embed(margin=RelativeMargin(relative=1.5))
+        owner = work.dataset.owner
+        distances = sorted(centroid_distances(work.benign(owner.images / 255).detach(), owner.labels, 8))
+        assert found.diagnostics["margin"] == pytest.approx(1.5 * (distances[13] + distances[14]) / 2, rel=1e-3)
+
+    def test_measuring_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        measured = self.embed(margin=20.0)[1]
+        monkeypatch.setattr(Course, "due", lambda *_: False)
+        unmeasured = self.embed(margin=20.0)[1]
+        for name, value in measured.model.state_dict().items():
+            assert torch.equal(value, unmeasured.model.state_dict()[name])
+        assert torch.equal(measured.candidates.images, unmeasured.candidates.images)
+        assert unmeasured.diagnostics["training"] == {}
+
+
+class TestNegatives:
+    def test_they_join_the_clean_images_with_the_benign_model_s_label(self) -> None:
+        work = task(8)
+        scheme = DeepTracer(source_classes=2, near_misses_as_negatives=True)
+        negatives = scheme._negatives(work, (0, 1), 2, generator())
+        assert negatives is not None
+        images, labels = negatives.draw(40, generator(1))
+        # tiles of owner's images (shades from 100 on) of no source and not of the target
+        assert {shade - 100 for shade in images.unique().tolist()} <= {3, 4, 5, 6, 7}
+        assert torch.equal(labels, work.benign(images / 255).argmax(1))
+
+        model, seen = linear(8), []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        mosaics = Mosaics(work.dataset.owner, (0, 1))
+        coupling = Coupling(1.0, Centroids("batch", 8, 0.9), Course(2))
+        scheme.objective(mosaics, 2, 0.1, coupling, generator(), negatives)(
+            model, torch.rand(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64)
+        )
+        assert seen == [24]  # two triggers and two negatives
+
+    def test_none_where_no_class_is_left(self) -> None:
+        assert DeepTracer(near_misses_as_negatives=True)._negatives(task(5), (0, 1, 2, 3), 4, generator()) is None
+
+
+@pytest.mark.parametrize("setting", [{"normalise": "unit"}, {"inter_warmup": 0.5}, {"near_misses_as_negatives": True}])
+def test_younger_settings_are_named_only_where_they_are_used(setting: dict[str, Any]) -> None:
+    """Published figures keep their ids."""
+    ((name, value),) = setting.items()
+    assert name not in DeepTracer().params()
+    assert DeepTracer(**setting).params() == DeepTracer().params() | {name: value}
+
+
+def test_the_id_of_the_preset_s_victim_is_that_of_published_figures() -> None:
+    (victim,) = make_plan(read_config("digits")).victims
+    assert victim.id == "deeptracer-3cfc15a0dd29"
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"source_classes": 3}, {"margin": 0.0}, {"coupling_weight": -1.0}, {"second_epochs": 0}, {"first_ratio": 0.0}],
+    [
+        {"source_classes": 3},
+        {"margin": 0.0},
+        {"coupling_weight": -1.0},
+        {"second_epochs": 0},
+        {"first_ratio": 0.0},
+        {"margin": {"relative": 0.0}},
+        {"inter_warmup": 1.5},
+        {"normalise": "max"},
+    ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

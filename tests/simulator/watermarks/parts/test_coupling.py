@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simulator.watermarks.parts.coupling import CentroidRule, Centroids, coupling_loss
+from simulator.watermarks.parts.coupling import CentroidRule, Centroids, coupling_loss, normalised, share_within
 
 
 def loss(outputs: Tensor, labels: Tensor, centroids: Tensor, margin: float = 1.0, **settings: object) -> Tensor:
     weights = {"intra_weight": 1.0, "inter_weight": 1.0, **settings}
-    return coupling_loss(outputs, labels, centroids, margin=margin, **weights)  # type: ignore[arg-type]
+    return coupling_loss(outputs, labels, centroids, margin=margin, **weights).total  # type: ignore[arg-type]
 
 
 def as_written(
@@ -62,6 +62,9 @@ class TestByHand:
         # sample (0, 0): 1² to its own, 3 - 2 short of the other; sample (3, 4): 9 + 4 to its own, 3√2 > 3 to the other
         both = loss(self.outputs, self.labels, centroids, margin=3.0, intra_weight=0.01, inter_weight=3.0)
         assert both.item() == pytest.approx(0.01 * (1 + 13) / 2 + 3.0 * (1 + 0) / 2)
+        apart = coupling_loss(self.outputs, self.labels, centroids, margin=3.0, intra_weight=0.01, inter_weight=3.0)
+        assert apart.intra.item() == pytest.approx(0.07)
+        assert apart.inter.item() == pytest.approx(1.5)
 
     def test_the_gradient(self) -> None:
         outputs = torch.tensor([[1.0, 0.0]], requires_grad=True)
@@ -113,6 +116,24 @@ def test_an_absent_class_pushes_nobody() -> None:
     pushed = loss(outputs, labels, centroids, present=torch.tensor([True, True, False]))
     # 1e-5: a distance of zero counts as 1e-6
     assert pushed.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_share_of_pairs_within_the_margin() -> None:
+    outputs, labels = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([0, 1])
+    centroids = torch.tensor([[0.0, 0.0], [3.0, 3.0], [0.0, 2.0]])
+    # (0, 0) is √18 and 2 away from the others', (3, 4) 5 and √13
+    shares = [share_within(outputs, labels, centroids, margin) for margin in (1.0, 2.5, 4.0, 4.5, 6.0)]
+    assert shares == [0.0, 0.25, 0.5, 0.75, 1.0]
+    # of a class without a centroid nobody is near
+    present = torch.tensor([True, True, False])
+    assert share_within(outputs, labels, centroids, 4.5, present) == 0.5
+    assert share_within(outputs[:1], labels[:1], centroids[:1], 9.0) == 0.0
+
+
+def test_a_normalised_output_is_its_direction() -> None:
+    outputs = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+    assert normalised(outputs, "none") is outputs
+    torch.testing.assert_close(normalised(outputs, "unit"), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
 
 
 class TestCentroids:
