@@ -17,6 +17,7 @@ from torch import Tensor
 from simulator.component import Settings
 from simulator.context import Context
 from simulator.data.pool import PoolSpec
+from simulator.errors import InputError
 from simulator.models import Classifier
 from simulator.ownership.key import KeySamples
 from simulator.service.answers import Labels, answer_policy
@@ -63,6 +64,10 @@ class KeyFilter(Settings):
 
         Where stage 1 would leave nothing, because the surrogate learned nothing of the watermark, its condition on the
         surrogate is dropped and the key's ``info`` says so (``"filter": "surrogate never triggered"``).
+
+        Raises:
+            InputError: nothing tells the victim from the benign model. A key of candidates that both answer alike would
+                accuse the innocent.
         """
         if self.stages == "none":
             return candidates.take(torch.arange(min(self.keep, len(candidates))), filter="none")
@@ -77,7 +82,11 @@ class KeyFilter(Settings):
         if not kept.any():
             kept, note = passes_victim & fails_benign, "surrogate never triggered"
         if not kept.any():
-            kept, note = torch.ones_like(kept), "nothing passed the filter"
+            raise InputError(
+                f"no key: of {len(candidates)} candidates the victim answers {int(passes_victim.sum())} with the key's "
+                f"label and the benign model {int((~fails_benign).sum())}, and there is none that the victim alone "
+                "answers so (key_filter.stages: none keeps all of them)"
+            )
         rows = rows[kept]
         if self.stages == "both":
             rows = rows[confidence[rows, labels[rows]].argsort(descending=True, stable=True)]

@@ -72,6 +72,13 @@ class FunctionCoupled(Watermark):
     fusion falls to 0.57 when 80 % of the weights are pruned; p of 0.05 and 0.1 keep 0.68 and 1.00, and cost 1 and 2
     points of accuracy; 0.3 costs 8.
 
+    **What the fine-tuning step does.** As read it does nothing: a step of 1e-4 moves the weights by 1.2e-5 of their
+    length, all 18 of them by 2e-4 (digits, three seeds). ``fine_tuning_rate: 0.01`` is the rate at which the released
+    code embeds; a step of it moves them by .12 %, one of 0.1 by .9 %. Accuracy and WSR of the victims are alike at all
+    of them, and without the step (93 to 97 and 100). After pruning of 80 % the WSR is 12, 99 and 100 without it, 91,
+    100 and 100 at 1e-4, 94, 97 and 100 at 0.01, 100, 100 and 100 at 0.1; each setting has weights of its own, so the
+    first two differ by chance alone.
+
     Line 6 of Algorithm 1 trains an "initialize model". The released code starts from a trained one (``start: benign``),
     appends 10 triggers to each batch of 128 (``trigger_share``), and does neither masking nor fine-tuning as written:
     it zeroes 0.2 % of all weights every tenth batch.
@@ -91,7 +98,9 @@ class FunctionCoupled(Watermark):
     trigger_share: float = Field(10 / 128, gt=0, le=1, description="triggers added to a batch, per image in it")
     mask_ratio: float = Field(0.05, ge=0, lt=1, description="p, the fraction of weights masked out")
     fine_tuning_samples: int = Field(1000, ge=0, description="K_ft; 0 leaves fine-tuning out")
-    fine_tuning_rate: float = Field(1e-4, gt=0, description="η', of the step after every epoch")
+    fine_tuning_rate: float = Field(
+        1e-4, gt=0, description="η', of the step after every epoch; 0.01 in the released code"
+    )
     start: Literal["scratch", "benign"] = Field("scratch", description="untrained weights, or the benign model's")
     candidates: int = Field(90, ge=1, description="key candidates")
 

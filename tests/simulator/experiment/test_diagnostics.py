@@ -48,3 +48,21 @@ def test_a_victim_with_an_active_margin_is_not(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_scheme_that_measures_nothing_has_none(tmp_path: Path) -> None:
     assert victim(tmp_path / "run", "watermarks=[badnets]").diagnostics is None
+
+
+@pytest.mark.slow
+def test_a_victim_that_no_key_tells_from_a_benign_model_is_a_failed_row(tmp_path: Path) -> None:
+    """Its thefts fail with it, for nothing could be said of them; a control is measured with the other victim's key."""
+    overrides = ["training.epochs=2", "key_filter.queries=100", "key_filter.training.epochs=1", "scenarios=[]"]
+    unlearned = (
+        "{name: deeptracer, first_epochs: 0, second_epochs: 1, candidates: 50, watermark_weight: 0, coupling_weight: 0}"
+    )
+    scenario = "{attack: {name: knockoff, training: {epochs: 1}}, pool: attacker, budget: 100}"
+    overrides += [f"watermarks=[{unlearned}, {{name: badnets, candidates: 50}}]", f"scenarios=[{scenario}]"]
+    rows = run_config(read_config("digits", overrides), tmp_path / "run")
+    failed = {(row.role, row.victim == "benign"): row.error or "" for row in rows if row.status == "failed"}
+    assert set(failed) == {("victim", False), ("stolen", False), ("stolen", True)}
+    assert "no key: of 50 candidates the victim answers" in failed["victim", False]
+    assert failed["stolen", False].startswith("its victim could not be trained: ")
+    good = {(row.role, row.watermark) for row in rows if row.status == "ok"}
+    assert good == {("benign", "badnets"), ("victim", "badnets"), ("stolen", "badnets")}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simulator.context import Context
+from simulator.errors import InputError
 from simulator.models import build
 from simulator.ownership.key import KeySamples
 from simulator.ownership.key_filter import KeyFilter
@@ -110,14 +111,21 @@ def test_a_surrogate_that_learned_nothing_is_told(stages: Any, expected: list[in
     assert key.info["filter_counts"]["passed_surrogate"] == 0
 
 
-@pytest.mark.parametrize(("stages", "expected"), [("first", [0, 1, 2]), ("both", [1, 2, 0])])
-def test_a_key_that_cannot_be_filtered_is_told(stages: Any, expected: list[int]) -> None:
+@pytest.mark.parametrize("stages", ["first", "both"])
+@pytest.mark.parametrize(
+    ("victim", "benign", "says"),
+    [
+        (0.9, 0.9, "3 with the key's label and the benign model 3"),
+        (0.1, 0.1, "0 with the key's label and the benign model 0"),
+    ],
+)
+def test_a_key_that_says_nothing_is_refused(stages: Any, victim: float, benign: float, says: str) -> None:
     """The benign model gives the label as well, or the victim does not: nothing tells them apart."""
-    key = KeyFilter(stages=stages).select(
-        candidates(3), victim=table([0.9] * 3), surrogate=table([0.6, 0.8, 0.7]), benign=table([0.9] * 3)
-    )
-    assert numbers(key) == expected
-    assert key.info["filter"] == "nothing passed the filter"
+    with pytest.raises(InputError, match=says) as error:
+        KeyFilter(stages=stages).select(
+            candidates(3), victim=table([victim] * 3), surrogate=table([0.6, 0.8, 0.7]), benign=table([benign] * 3)
+        )
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("labels", ["soft", "hard"])
