@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from actors.bench import CrewBench
 from simulator.plan.subjects import Subject
@@ -40,7 +41,14 @@ class WatchedBench(CrewBench):
             workers.do = partial(self._do, workers.do)
 
     async def given(self, subject: Subject, place: Place) -> None:
-        """A worker works on a model; what is done here is done meanwhile."""
+        """A worker works on a model. What is done here is done meanwhile, and no longer."""
+
+    async def _tell(self, subject: Subject, place: Awaitable[Place]) -> None:
+        try:
+            found = await place
+        except RayActorError:  # it died at once
+            return
+        await self.given(subject, found)
 
     async def make(self, subject: Subject) -> None:
         """As a run's bench."""
@@ -53,8 +61,14 @@ class WatchedBench(CrewBench):
         async def watched(worker: Any) -> Any:
             place = worker.__ray_call__.remote(place_of)  # before its work, which it would have to end first
             work = asyncio.ensure_future(call(worker))
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())
-            await self.given(self._subject.get(), await place)
-            return await work
+            told = asyncio.ensure_future(self._tell(self._subject.get(), place))
+            try:
+                await asyncio.wait((work, told), return_when=asyncio.FIRST_COMPLETED)
+                if told.done():
+                    told.result()
+                return await work
+            finally:
+                told.cancel()
+                work.cancel()
 
         return await do(watched, *arguments, **options)

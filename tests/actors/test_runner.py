@@ -121,9 +121,9 @@ class KillingBench(WatchedBench):
             self._kill("trainer", place)
         elif "attacker" not in self.killed and isinstance(subject, Stolen) and subject.budget < TOO_MANY:
             while not await self._crew.ledger.spent.remote(list(subject.accounts)):
-                if "attacker" in self.killed:
-                    return
-            self._kill("attacker", place)
+                pass
+            if "attacker" not in self.killed:  # another theft was quicker
+                self._kill("attacker", place)
 
     def _kill(self, what: str, place: Place) -> None:
         self.killed[what] = place.process
