@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # ten seconds, where nobody else has the cores
 def test_ten_thousand_histories_hold_the_contract() -> None:
     """In processes of their own: those are forked, and this one may have threads."""
     command = [sys.executable, "-m", "benchmarks.simulation", "--histories", "10000"]

@@ -106,10 +106,7 @@ def _run(seed: int, parts: Parts, loop: VirtualLoop, trace: bool) -> Result:
         result.violation = f"refused: {refused}"
     finally:
         result.seconds = loop.time()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.set_exception_handler(lambda *_: None)
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.set_exception_handler(lambda *_: None)  # who waits still, waits for ever
         asyncio.set_event_loop(None)
         loop.close()
         history.disk.die(machine=False)
@@ -253,14 +250,15 @@ class _History:
             asyncio.get_running_loop().call_later(0.01 * dice.random(), self._kill_replica)
         if task is None:
             return await self._unreachable()
-        await asyncio.wait((task,))
-        if task.cancelled():
-            raise Unreachable("the replica died")
+        try:
+            answers = await task
+        except asyncio.CancelledError:
+            raise Unreachable("the replica died") from None
         if faults("response lost"):
             self._say(f"{account}: response {keys} lost")
             return await self._unreachable()
         self._say(f"{account} hears of {keys}")
-        return task.result()
+        return answers
 
     def _handle(self, message: list[Query]) -> asyncio.Task[Any] | None:
         """Has some replica handle a message; None where there is none."""
