@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 BIN = $(VENV)/bin
 
 .POSIX:
-.PHONY: help demo test check bench chaos fuzz clean install
+.PHONY: help demo test check bench chaos simulate fuzz clean install
 
 help:
 	@echo "make demo     run the default preset, digits: no download, no GPU needed"
@@ -15,6 +15,7 @@ help:
 	@echo "make check    lint, format and types"
 	@echo "make bench    the benchmarks"
 	@echo "make chaos    kill everything that a run is made of, 100 times, and check its account (about 20 minutes)"
+	@echo "make simulate  a million simulated histories of ledger, service and clients (about 20 minutes on two cores)"
 	@echo "make fuzz     throw 10,000 odd queries and configurations at what takes input (minutes)"
 	@echo "make clean    remove caches and builds; $(VENV) and runs stay"
 
@@ -34,6 +35,9 @@ bench: install
 
 chaos: install
 	$(BIN)/python -m benchmarks.chaos --kills 100 --minutes 10
+
+simulate: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.simulation --histories 1000000 --plants
 
 fuzz: install
 	$(BIN)/python -m benchmarks.fuzz --cases 10000

@@ -25,8 +25,9 @@ WINDOW = 2
 #: queries in one message at most
 PACK = 4
 
-#: seconds a client waits for an answer before it asks again
-WAIT = 120.0
+#: seconds a client waits for an answer before it asks again: at first, and at most. A replica that hangs, and is not
+#: dead, keeps a client for the first; a service that is slow is not asked twice as much for long
+WAITS = (30.0, 120.0)
 
 #: seconds a client goes on asking for a lost answer. After the loss of a node the service may wait for a new node
 PATIENCE = 900.0
@@ -44,10 +45,9 @@ class Busy(InputError):
 
 @dataclass(frozen=True)
 class Send:
-    """Send a message; what is handed back stands for its response. ``again`` says that it was sent before."""
+    """Send a message; what is handed back stands for its response."""
 
     message: list[Query]
-    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,19 @@ class Conversation:
     def _result(self, message: list[Query], response: Any) -> Generator[Send | Await | Pause, Any, list[Answer]]:
         # The clock alone does not decide: a machine may have been suspended while it waited for its first answer. To
         # ask again is free, because the key is the same.
-        deadline, (pause, longest) = self._clock() + self._patience, PAUSES
+        deadline, (pause, longest), (wait, most) = self._clock() + self._patience, PAUSES, WAITS
         asked = 0
         while True:
             asked += 1
             enough = asked >= LEAST_TRIES and self._clock() > deadline
-            answers: list[Answer] | Lost = yield Await(response, min(WAIT, self._patience))
+            answers: list[Answer] | Lost = yield Await(response, min(wait, self._patience))
             if not isinstance(answers, Lost):
                 if not isinstance(answers[0], Busy) or enough:
                     return answers
             elif enough:
                 raise answers.error
+            elif isinstance(answers.error, TimeoutError):
+                wait = min(2 * wait, most)
             yield Pause(pause)
             pause = min(2 * pause, longest)
-            response = yield Send(message, again=isinstance(answers, Lost))
+            response = yield Send(message)

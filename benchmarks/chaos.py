@@ -2,6 +2,7 @@
 
     python -m benchmarks.chaos --kills 100 --minutes 10 [--report FILE]        (make chaos)
     python -m benchmarks.chaos --faults rpc --scenarios 3 --seeds 1        (calls are lost: rpc_faults.py)
+    python -m benchmarks.chaos --faults start --scenarios 2 --seeds 1      (killed as it starts: start_kills.py)
 
 A run is started as a user would start it. Processes of it are killed with SIGKILL at random moments, alone or several
 at once: attackers, replicas of the service, Serve's controller, the ledger, the keeper, the collector, the trainer, the
@@ -331,7 +332,7 @@ def _models(out: Path, reference: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """``make chaos``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", choices=("kills", "rpc"), default="kills", help="rpc: lost and late calls")
+    parser.add_argument("--faults", choices=("kills", "rpc", "start"), default="kills")
     parser.add_argument(
         "--percents", type=int, nargs="+", default=[10, 25, 50], help="of calls lost, with --faults rpc"
     )
@@ -346,10 +347,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="write the report there, too")
     options = parser.parse_args(argv)
     config = workload(options.scenarios, options.seeds, options.epochs)
-    if options.faults == "rpc":
-        from benchmarks import rpc_faults  # it starts its runs as this module does
+    if options.faults != "kills":
+        from benchmarks import rpc_faults, start_kills  # they start their runs as this module does
 
-        report, good = rpc_faults.table(config, options.percents)
+        rpc = options.faults == "rpc"
+        report, good = rpc_faults.table(config, options.percents) if rpc else start_kills.table(config)
         return _tell(report, options.report, good)
     least, limit = 60 * options.minutes, 60 * options.limit
     outcome = campaign(config, options.kills, tuple(options.pause), options.seed, least, limit)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ LOST = {"request": "req_failure_prob", "response": "resp_failure_prob", "in flig
 PUSH = "CoreWorkerService.grpc_client.PushTask"
 #: microseconds by which each handler of a pushed call is late, at least and at most
 DELAY = f"{PUSH}=1000:20000,CoreWorkerService.grpc_server.PushTask=1000:20000"
+#: seconds between two looks at a run's processes
+LOOK = 0.02
 #: times that a run is resumed, at most
 RESUMES = 5
 
@@ -53,25 +55,37 @@ def disturbances(percents: Sequence[int]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {"undisturbed": {}}
     for percent in percents:
         found[f"{percent} % of calls lost, a third each"] = lost(percent)
-    for kind in LOST:
+    for kind in ("request", "response"):
         found[f"{max(percents)} % lost: {kind}"] = lost(max(percents), [kind])
     found["late by 1 to 20 ms"] = {"RAY_testing_asio_delay_us": DELAY}
     found["undisturbed, again"] = {}
     return found
 
 
-def disturb(config: RunConfig, out: Path, reference: Path, name: str, variables: Mapping[str, str]) -> Disturbed:
-    """One run under some variables, resumed until it is done, and compared."""
+def disturb(
+    config: RunConfig,
+    out: Path,
+    reference: Path,
+    name: str,
+    variables: Mapping[str, str] = chaos.NONE,
+    meddle: Callable[[str], None] = lambda _: None,
+) -> Disturbed:
+    """One run under some variables, resumed until it is done, and compared.
+
+    Args:
+        meddle: called all the time with the mark of the run's processes.
+    """
     file, mark, log = out.with_suffix(".yaml"), f"{os.getpid()}-{time.time_ns()}", out.with_suffix(".log")
     file.write_text(config.to_yaml())
     begun, resumes, arguments = time.monotonic(), 0, ["run", str(file), "--out", str(out)]
     try:
-        while (driver := chaos.start(arguments, mark, log, variables)).wait(chaos.PATIENCE) and resumes < RESUMES:
+        while _status(driver := chaos.start(arguments, mark, log, variables), mark, meddle) and resumes < RESUMES:
             chaos.end_all(mark)
             resumes += 1
             print(f"{name}: resumed, {chaos.why(driver.returncode, log)}", flush=True)
-            arguments = ["run", "--resume", str(out)]
-    except subprocess.TimeoutExpired:
+            if (out / "config.yaml").exists():
+                arguments = ["run", "--resume", str(out)]
+    except TimeoutError:
         return Disturbed(name, chaos.PATIENCE, resumes, ["the run did not end"])
     finally:
         seconds = time.monotonic() - begun
@@ -79,6 +93,21 @@ def disturb(config: RunConfig, out: Path, reference: Path, name: str, variables:
         driver.wait()
         chaos.end_all(mark)
     return Disturbed(name, seconds, resumes, differences(reference, out))
+
+
+def _status(driver: subprocess.Popen[bytes], mark: str, meddle: Callable[[str], None]) -> int:
+    """The exit status of a run's driver.
+
+    Raises:
+        TimeoutError: it does not end.
+    """
+    deadline = time.monotonic() + chaos.PATIENCE
+    while (status := driver.poll()) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        meddle(mark)
+        time.sleep(LOOK)
+    return status
 
 
 def table(config: RunConfig, percents: Sequence[int]) -> tuple[list[str], bool]:
@@ -94,10 +123,15 @@ def table(config: RunConfig, percents: Sequence[int]) -> tuple[list[str], bool]:
             print(f"{name}: {found[-1].seconds:.0f} s, {found[-1].faults[:3] or 'equal'}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
     calm = (found[0].seconds + found[-1].seconds) / 2
+    return lines_of(found, calm), not any(run.faults for run in found)
+
+
+def lines_of(found: Sequence[Disturbed], calm: float) -> list[str]:
+    """The table of some runs, with their time relative to that of a calm one."""
+    head = "| disturbed | seconds | of the undisturbed | resumes | rows, accounts, models, transfer sets |"
     rows = [
         f"| {run.name} | {run.seconds:.0f} | {run.seconds / calm:.2f} | {run.resumes} | "
         f"{'; '.join(run.faults[:3]) or 'equal'} |"
         for run in found
     ]
-    head = "| calls | seconds | of the undisturbed | resumes | rows, accounts, models, transfer sets |"
-    return [head, "|---|---|---|---|---|", *rows], not any(run.faults for run in found)
+    return [head, "|---|---|---|---|---|", *rows]

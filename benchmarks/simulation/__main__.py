@@ -63,6 +63,7 @@ class Total:
 def play(first: int, count: int) -> Total:
     """So many histories, from a seed on."""
     total = Total()
+    gc.freeze()
     gc.disable()  # a history makes circles, which are looked for from time to time
     for seed in range(first, first + count):
         total.take(run(seed))

@@ -68,7 +68,8 @@ class Checker:
         for name in found.keys() - self._grants.keys():
             demand(self._doubt.get(name) == found[name], "nobody asked for the grant {} of {}", name, found[name])
             self._spent[name[0]] += found[name][0]
-        self._grants, self._doubt = found, {}
+            self._doubt.pop(name)
+        self._grants = found
         self.balanced(ledger)
 
     @property

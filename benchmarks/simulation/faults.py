@@ -14,11 +14,11 @@ KINDS = (
     "replica killed",
     "ledger killed",  # its process: what it wrote stays
     "machine killed",  # the ledger's: what it had not synced may be lost
-    "killed while it writes",
+    "killed while it writes",  # its process, or its machine
     "disk full",
     "disk error",
     "client killed",  # and resumed from its checkpoint
-    "damaged",  # a bit of the ledger's log is flipped while it is down
+    "tampered",  # somebody changes the ledger's files while it is down
 )
 #: faults in one history, at most
 MOST = 12

@@ -8,21 +8,23 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from actors.conversation import Conversation
-from benchmarks.simulation import disk as disks
 from benchmarks.simulation.checker import Checker, Violation
 from benchmarks.simulation.clients import PATIENCE, TOKEN, Client, batches_of
 from benchmarks.simulation.clock import Stuck, VirtualLoop
+from benchmarks.simulation.disk import DEATHS, Disk
 from benchmarks.simulation.faults import Faults
 from benchmarks.simulation.service import WAY, LedgerHost, Service, SimulatedReplica, Unreachable
 from simulator.errors import InputError
+from simulator.service import ledger as ledgers
 from simulator.service import oracle as oracles
 from simulator.service.ledger import Ledger, hash_token
 from simulator.service.oracle import ServiceOracle
@@ -42,7 +44,7 @@ SYNCED = functools.partial(Ledger, sync=True)
 class Parts:
     """The real parts, which a planted bug replaces."""
 
-    ledger: Callable[[Path], Ledger] = SYNCED
+    ledger: Callable[..., Ledger] = SYNCED
     oracle: type[ServiceOracle] = ServiceOracle
     conversation: type[Conversation] = Conversation
 
@@ -77,27 +79,17 @@ def _place(process: int) -> Path:
     return folder / "ledger.log"
 
 
-@contextmanager
-def _small_chunks() -> Iterator[None]:
-    """The oracle cuts its batches as for :data:`CHUNK`, inside the block."""
-    before, oracles.CHUNK = oracles.CHUNK, CHUNK
-    try:
-        yield
-    finally:
-        oracles.CHUNK = before
-
-
 def run(seed: int, parts: Parts = Parts(), *, trace: bool = False) -> Result:
     """The history of a seed."""
-    calls = disks.Calls()
-    with disks.installed(calls), _small_chunks():
-        return _run(seed, parts, calls, trace)
+    loop = VirtualLoop()
+    with patch.object(oracles, "CHUNK", CHUNK), patch.object(ledgers, "time", SimpleNamespace(monotonic=loop.time)):
+        return _run(seed, parts, loop, trace)
 
 
-def _run(seed: int, parts: Parts, calls: disks.Calls, trace: bool) -> Result:
-    result, loop = Result(seed), VirtualLoop()
-    path = _place(os.getpid())
-    path.unlink(missing_ok=True)
+def _run(seed: int, parts: Parts, loop: VirtualLoop, trace: bool) -> Result:
+    result, path = Result(seed), _place(os.getpid())
+    for file in path.parent.iterdir():
+        file.unlink()
     say = _quiet
     if trace:
 
@@ -106,20 +98,18 @@ def _run(seed: int, parts: Parts, calls: disks.Calls, trace: bool) -> Result:
 
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(_History(Random(seed), parts, calls, path, say, result, loop).run())
+        history = _History(Random(seed), parts, path, say, result, loop)
+        loop.run_until_complete(history.run())
     except (Violation, Stuck) as violation:
         result.violation = str(violation) or type(violation).__name__
     except InputError as refused:  # a log that the ledger itself wrote, and refuses
         result.violation = f"refused: {refused}"
     finally:
         result.seconds = loop.time()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.set_exception_handler(lambda *_: None)
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.set_exception_handler(lambda *_: None)  # who waits still, waits for ever
         asyncio.set_event_loop(None)
         loop.close()
-        calls.disk.die(machine=False)
+        history.disk.die(machine=False)
     return result
 
 
@@ -132,7 +122,6 @@ class _History:
         self,
         dice: Random,
         parts: Parts,
-        calls: disks.Calls,
         path: Path,
         say: Callable[[str], None],
         result: Result,
@@ -143,8 +132,8 @@ class _History:
         self._quiet_disk = True
         self._budgets: dict[str, int] = {}
         self._checker = Checker(self._budgets, TOKEN)
-        disk = calls.disk = disks.Disk(dice, self._disk_fault)
-        self._ledger = LedgerHost(dice, self._faults, self._checker, disk, path, parts.ledger, say, self._fail)
+        self.disk = Disk(dice, self._disk_fault)
+        self._ledger = LedgerHost(dice, self._faults, self._checker, self.disk, path, parts.ledger, say, self._fail)
         self._failure: asyncio.Future[None] = asyncio.Future(loop=loop)
         self._never = asyncio.Event()
         self._replicas: list[SimulatedReplica] = []
@@ -223,7 +212,7 @@ class _History:
         if self._quiet_disk:
             return ""
         if self._faults("killed while it writes"):
-            return "killed"
+            return self._dice.choice(tuple(DEATHS))
         if call == "write" and self._faults("disk full"):
             return "full"
         return "error" if self._faults("disk error") else ""
@@ -261,14 +250,15 @@ class _History:
             asyncio.get_running_loop().call_later(0.01 * dice.random(), self._kill_replica)
         if task is None:
             return await self._unreachable()
-        await asyncio.wait((task,))
-        if task.cancelled():
-            raise Unreachable("the replica died")
+        try:
+            answers = await task
+        except asyncio.CancelledError:
+            raise Unreachable("the replica died") from None
         if faults("response lost"):
             self._say(f"{account}: response {keys} lost")
             return await self._unreachable()
         self._say(f"{account} hears of {keys}")
-        return task.result()
+        return answers
 
     def _handle(self, message: list[Query]) -> asyncio.Task[Any] | None:
         """Has some replica handle a message; None where there is none."""

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from actors.conversation import Conversation, Lost
 from benchmarks.simulation.history import Parts
-from simulator.service import ledger as ledger_module
+from simulator.chain import WIDTH, Reader
 from simulator.service.ledger import Grant, Ledger, Request
 from simulator.service.oracle import ServiceOracle
 
@@ -57,16 +57,22 @@ def _nothing() -> Iterator[None]:
 
 
 def _without_hash() -> Any:
-    """The log's checksums are not looked at."""
+    """The records' hashes are read and not looked at."""
 
-    def parse(line: bytes) -> dict[str, Any] | None:
+    def record(self: Reader, text: bytes) -> dict[str, Any] | None:
         try:
-            record: Any = json.loads(line[9:])
+            self.hash, found = bytes.fromhex(text[: 2 * WIDTH].decode()), json.loads(text[2 * WIDTH + 1 :])
         except ValueError:
             return None
-        return record if isinstance(record, dict) else None
+        self.chained = True
+        return found if isinstance(found, dict) else None
 
-    return patch.object(ledger_module, "_parse", parse)
+    return patch.object(Reader, "_record", record)
+
+
+def _without_head() -> Any:
+    """The log may be shorter than its head says."""
+    return patch.object(Reader, "_check_heads", lambda _: None)
 
 
 #: what each bug is, the parts that have it, and what has to be replaced besides
@@ -74,6 +80,7 @@ PLANTS: dict[str, tuple[Parts, Callable[[], Any]]] = {
     "remove the sync": (Parts(ledger=functools.partial(Ledger, sync=False)), _nothing),
     "reuse a key": (Parts(oracle=KeyAgain), _nothing),
     "skip the hash": (Parts(), _without_hash),
+    "forget the head": (Parts(), _without_head),
     "forget a retry": (Parts(conversation=GivesUp), _nothing),
     "charge twice": (Parts(ledger=functools.partial(ChargesTwice, sync=True)), _nothing),
 }

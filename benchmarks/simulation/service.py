@@ -18,6 +18,7 @@ from actors.turns import FairQueue, Teller, Worker
 from benchmarks.simulation.checker import Checker, Violation, demand
 from benchmarks.simulation.disk import Disk, Killed
 from benchmarks.simulation.faults import Faults
+from simulator import chain
 from simulator.errors import InputError
 from simulator.service.ledger import Grant, Ledger, Refused, Request, Terms
 from simulator.service.query import Query
@@ -94,6 +95,30 @@ class SimulatedReplica(Replica):
                 task.cancel()
 
 
+def tampered(log: Path, dice: Random) -> tuple[Path, bytes]:
+    """A changed log or head: a flipped bit, records cut off that the head knows, or one removed, moved or written over
+    with NULs."""
+    head, data = chain.read_head(log), log.read_bytes()
+    records = data.split(b"\n")[: head.count if head else 0]
+    rest = data[sum(len(record) + 1 for record in records) :]
+    how = dice.choice(("bit", "head", "cut", "removed", "moved", "nothing left"))
+    if how in ("bit", "head") or len(records) < 2:
+        file = chain.head_file(log) if how == "head" else log
+        changed = bytearray(file.read_bytes())
+        changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+        return file, bytes(changed)
+    place = dice.randrange(len(records))
+    if how == "cut":
+        records, rest = records[:place], b""
+    elif how == "removed":
+        del records[place]
+    elif how == "moved":
+        records.insert((place + 1) % len(records), records.pop(place))
+    else:
+        return log, bytes(len(data)) if dice.random() < 0.5 else b""
+    return log, b"".join(record + b"\n" for record in records) + rest
+
+
 class LedgerHost:
     """The ledger's actor, which Ray starts again after each death, and whose calls Ray repeats until they are answered.
 
@@ -110,7 +135,7 @@ class LedgerHost:
         checker: Checker,
         disk: Disk,
         path: Path,
-        open_ledger: Callable[[Path], Ledger],
+        open_ledger: Callable[..., Ledger],
         say: Callable[[str], None],
         fail: Callable[[Exception], None],
     ) -> None:
@@ -123,7 +148,7 @@ class LedgerHost:
 
     def begin(self, budgets: dict[str, int], token_hash: str) -> None:
         """Opens the accounts in a new log, before anything can fail."""
-        self.ledger = self._open_ledger(self._path)
+        self.ledger = self._opened()
         for account, budget in budgets.items():
             self.ledger.open(account, Terms("v", "soft", budget, token_hash))
         self._up.set()
@@ -143,8 +168,8 @@ class LedgerHost:
                 continue
             try:
                 value = method(argument)
-            except Killed:
-                self._die("killed while it writes", machine=True)
+            except Killed as killed:
+                self._die("killed while it writes", killed.machine)
                 continue
             if not self._faults("response lost"):
                 return value
@@ -155,7 +180,7 @@ class LedgerHost:
         try:
             replies = self.ledger.reserve_all(requests)
         except (OSError, Killed) as error:
-            self._say(f"ledger: {len(requests)} requests, and {error!r}")
+            self._say(f"ledger: {len(requests)} requests, and {type(error).__name__}")
             self._checker.failed(requests)
             raise
         self._say(f"ledger: {[(r.account, r.key, r.count) for r in requests]} -> {replies}")
@@ -177,29 +202,35 @@ class LedgerHost:
         self._disk.die(machine)
         asyncio.get_running_loop().call_later(RESTART, self._restart)
 
+    def _opened(self) -> Ledger:
+        return self._open_ledger(self._path, disk=self._disk)
+
     def _restart(self) -> None:
         try:
-            self.ledger = self._opened_damaged() if self._faults("damaged") else self._open_ledger(self._path)
+            self.ledger = self._opened_tampered() if self._faults("tampered") else self._opened()
             self._say(f"ledger: restarted with {self.ledger.all_spent()}")
             self._checker.restarted(self.ledger)
         except (Violation, InputError) as violation:
             self._fail(violation)
+        except Killed as killed:
+            self._die("killed while it starts", killed.machine)
+        except OSError:
+            self._die("cannot start", machine=False)
         else:
             self._up.set()
 
-    def _opened_damaged(self) -> Ledger:
-        """A log with a wrong bit is refused, and its owner restores it. Damage in a torn tail, which nobody was
-        granted, may pass unnoticed: then the grants have to be right."""
-        log = bytearray(self._path.read_bytes())
-        log[self._dice.randrange(len(log))] ^= 1 << self._dice.randrange(8)
-        restore = self._disk.damage(self._path, bytes(log))
+    def _opened_tampered(self) -> Ledger:
+        """A log that somebody has changed is refused, and its owner restores it. A change behind the last granted
+        record may pass unnoticed: then the grants have to be right."""
+        file, damaged = tampered(self._path, self._dice)
+        restore = self._disk.damage(file, damaged)
         try:
-            return self._open_ledger(self._path)
+            return self._opened()
         except InputError as refused:
-            self._say(f"ledger: {refused}")
+            self._say(f"ledger: {str(refused).replace(str(self._path.parent), '')}")
             self._disk.die(machine=False)
             restore()
-            return self._open_ledger(self._path)
+            return self._opened()
 
     def close(self) -> None:
         """Ends the history: the ledger is up, and its log says what it says."""
