@@ -131,10 +131,16 @@ class Server:
         except OSError as error:  # ssl.SSLError is one
             raise InputError(f"--tls-cert {tls and tls[0]} --tls-key {tls and tls[1]}: {error}") from None
         self.uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self.uvicorn.run, args=([place],), daemon=True, name="door")
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(place),), daemon=True, name="door")
         self._thread.start()
         while not self.uvicorn.started and self._thread.is_alive():
             time.sleep(0.01)
+
+    async def _serve(self, place: socket.socket) -> None:
+        await self.uvicorn.serve(sockets=[place])
+        for left in list(self.uvicorn.server_state.connections):  # such as TLS clients that do not say goodbye
+            left.transport.abort()
+        await asyncio.sleep(0.1)
 
     @property
     def connections(self) -> int:
