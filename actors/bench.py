@@ -1,8 +1,8 @@
-"""The bench on Ray: what the scheduler's work becomes as calls to a crew.
+"""The bench on Ray: it turns the scheduler's work into calls to a crew.
 
-The driver moves no models. A worker takes its parent's model off the shelf, and its call returns when the collector has
-kept what it made. Dependencies are therefore a matter of the run directory, and a lost process, object or node costs
-only the work that it had in hand: that goes on elsewhere from its checkpoint, and pays nothing twice.
+The driver moves no models. A worker takes the parent's model off the shelf, and its call returns once the collector has
+kept the new model. So all dependencies lie in the run directory, and a lost process, object or node costs only the work
+it had in hand. Another worker continues that work from its checkpoint, and pays for no query twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 
 from actors.crew import Crew
-from actors.failures import innermost
+from actors.failures import innermost, is_lost
 from actors.workers import Workers
 from simulator.errors import RunFailed, one_line
 from simulator.experiment.display import Task
@@ -27,7 +27,8 @@ from simulator.plan.config import RunConfig
 from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
 from simulator.records.rows import Row
 
-#: when a piece of work was begun, when a worker had it, and when it was done, by ``time.monotonic()`` of this process
+#: when a piece of work was asked for, when a worker took it, and when it was done, by ``time.monotonic()`` of this
+#: process
 Times = tuple[float, float, float]
 
 
@@ -35,11 +36,11 @@ class CrewBench:
     """The bench of a run or a sweep (see :class:`~simulator.experiment.schedule.Bench`).
 
     Args:
-        config: which thefts are recorded and watched.
+        config: says whether thefts are recorded, and which detectors watch them.
         started: trainers that the crew has started already.
 
     Attributes:
-        times: by a model's id, of every piece of work that was done for it.
+        times: the times of each piece of work, by the id of its model (``<id>.<phase>`` for a half-trained victim).
     """
 
     def __init__(self, crew: Crew, directory: RunDirectory, config: RunConfig, *, started: Sequence[Any] = ()) -> None:
@@ -48,20 +49,20 @@ class CrewBench:
         self.attackers = Workers("attacker", crew.new_attacker, crew.layout.attackers)
         self.times: dict[str, list[Times]] = {}
         self._running: dict[str, tuple[Subject, str]] = {}
-        # every model of the owner's goes to the first: a victim is measured beside its benign model
+        # All models of the owner go to the first collector, which measures a victim beside its benign model.
         self._collectors = itertools.cycle(crew.collectors)
         self._service: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def open(self, service: Any) -> None:
-        """Lets the thefts begin: the service answers."""
+        """Lets the thefts begin. ``service`` is the handle of the running service."""
         self._service.set_result(service)
 
     @property
     def serving(self) -> bool:
-        """Whether the service has been up."""
+        """Whether the service has ever been up."""
         return self._service.done()
 
-    # -- the scheduler's side ----------------------------------------------------------------------------------------
+    # -- called by the scheduler -------------------------------------------------------------------------------------
 
     async def make(self, subject: Subject) -> None:
         """See :class:`~simulator.experiment.schedule.Bench`."""
@@ -85,15 +86,17 @@ class CrewBench:
         collector, triggers = next(self._collectors), None
         if theft.triggers_of is not None:
             triggers = crew.collector.triggers.remote(theft.triggers_of)
-        with self._timed(theft, theft.label) as begun:
+
+        async def steal(attacker: Any) -> None:
+            # Accounts are opened once an attacker is free. If they were opened before, the theft that the ledger
+            # answers first would get the attacker, and not the longest theft.
             await crew.ledger.open.remote(terms, dict.fromkeys(terms, theft.attack))
             record, detectors = self._config.records_thefts, self._config.detectors
+            await attacker.steal.remote(service, theft, tokens, triggers, collector, record, detectors)
+
+        with self._timed(theft, theft.label) as begun:
             try:
-                await self.attackers.do(
-                    lambda one: one.steal.remote(service, theft, tokens, triggers, collector, record, detectors),
-                    begun,
-                    priority=-theft.work,
-                )
+                await self.attackers.do(steal, begun, priority=-theft.work)
             except WorkFailed as failed:
                 raise WorkFailed(str(failed), await crew.ledger.spent.remote(accounts)) from failed
 
@@ -105,24 +108,28 @@ class CrewBench:
         charged = self._crew.ledger.spent.remote(list(theft.accounts)) if theft else 0
         with self._timed(subject, "") as begun:
             begun()
-            return await self._collected(collector.measure.remote(subject, keys, charged))
+            try:
+                found: list[Row] = await collector.measure.remote(subject, keys, charged)
+            except RayError as error:
+                if not is_lost(error):
+                    raise _broken(error) from error
+                # e.g. a model so large that the collector runs out of memory each time
+                why = f"whoever measured it died, again and again: {one_line(innermost(error))[:200]}"
+                return await self.fail(subject, why, keys, charged)
+            return found
 
     async def fail(self, subject: Subject, why: str, keys: Sequence[Marked], queries: int) -> list[Row]:
         """See :class:`~simulator.experiment.schedule.Bench`."""
-        return await self._collected(self._crew.collector.fail.remote(subject, why, keys, queries))
-
-    async def _collected(self, rows: Any) -> list[Row]:
-        """What a collector returns. One that fails cannot be worked around: it ends the run."""
         try:
-            found: list[Row] = await rows
+            rows: list[Row] = await self._crew.collector.fail.remote(subject, why, keys, queries)
         except RayError as error:
-            raise RunFailed(f"the collector failed: {one_line(innermost(error))}") from error
-        return found
+            raise _broken(error) from error
+        return rows
 
-    # -- a sweep's side ----------------------------------------------------------------------------------------------
+    # -- called by a sweep -------------------------------------------------------------------------------------------
 
     async def probe(self, subject: Marked, phase: str) -> Any:
-        """A half-trained victim (see :func:`simulator.experiment.owner.train_phase`).
+        """Trains a victim to the end of a phase (see :func:`simulator.experiment.owner.train_phase`).
 
         Raises:
             WorkFailed: it could not be trained.
@@ -131,18 +138,18 @@ class CrewBench:
             return await self.trainers.do(lambda one: one.train_phase.remote(subject, self._crew.shelf, phase), begun)
 
     async def accuracy(self, spec: OwnerModel) -> float:
-        """The accuracy of an owner's model that lies in the run directory, in [0, 1]."""
+        """The test accuracy, in [0, 1], of an owner's model that lies in the run directory."""
         found: float = await self._crew.collector.accuracy.remote(spec)
         return found
 
-    # -- what the user sees ------------------------------------------------------------------------------------------
+    # -- shown to the user -------------------------------------------------------------------------------------------
 
     @contextmanager
     def _timed(self, subject: Subject, label: str, name: str = "") -> Iterator[Callable[[], None]]:
-        """A span of waiting for a worker and of work; the function that it gives tells that a worker has it now.
+        """Notes the times of a piece of work. The yielded function is to be called when a worker takes the work.
 
         Args:
-            label: what progress lines call it; empty where they do not show it.
+            label: its name in progress lines; empty if they do not show it.
         """
         name, begun = name or subject.id, time.monotonic()
         taken: list[float] = []
@@ -161,7 +168,7 @@ class CrewBench:
                 self._running.pop(name, None)
 
     async def glance(self) -> dict[str, Task]:
-        """What is under way. A board or a ledger that is being started again shows nothing."""
+        """The tasks under way, by name. None are shown while the board or the ledger restarts."""
         try:
             notices, spent = await asyncio.gather(self._crew.board.read.remote(), self._crew.ledger.all_spent.remote())
         except RayActorError:
@@ -173,3 +180,8 @@ class CrewBench:
             budget = subject.budget if isinstance(subject, Stolen) else None
             tasks[name] = Task(label, phase, done, total, budget, sum(spent.get(account, 0) for account in accounts))
         return tasks
+
+
+def _broken(error: RayError) -> RunFailed:
+    """The error that ends a run whose collector failed, because nothing can replace the collector."""
+    return RunFailed(f"the collector failed: {one_line(innermost(error))}")

@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, checking that it has what a run asks, and keeping its log lines out of the user's sight."""
+"""Connects to a Ray cluster, and keeps its log lines off the user's terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simulator.errors import InputError
@@ -22,16 +23,16 @@ from simulator.errors import InputError
 OBJECT_STORE = 1 << 30
 
 
-#: how long a cluster's address may take to answer
+#: seconds that a cluster's address may take to answer
 CONNECT_SECONDS = 10.0
 
 
 @contextmanager
 def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
-    """A connection to the cluster at ``address`` (or ``RAY_ADDRESS``), or to a local one that lives inside the block.
+    """Connects to the cluster at ``address`` (or ``RAY_ADDRESS``). Without one, starts a local cluster for the block.
 
-    A connection that exists already is used and left alone. Ray's and Serve's lines of this process go to
-    ``logs/driver.log``, and a local cluster's own logs are copied beside it when it ends.
+    An existing connection is reused and left open. Ray's and Serve's log lines of this process go to
+    ``logs/driver.log``. A local cluster's own logs are copied beside it when the block ends.
 
     Raises:
         InputError: no cluster answers at the address.
@@ -51,7 +52,8 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
             else:
                 quiet["include_dashboard"] = False
                 # "local": with no address at all Ray would join a cluster that somebody has started on this machine
-                ray.init("local", num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
+                with _on_localhost():
+                    ray.init("local", num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE, **quiet)
         except Exception as error:  # of a node that took too long to start, Ray raises no narrower one
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster at {address or 'this machine'}: {reason}") from None
@@ -66,9 +68,29 @@ def connected(address: str | None, logs: Path, *, cpus: int | None = None, gpus:
 
 
 @contextmanager
+def _on_localhost() -> Iterator[None]:
+    """A local cluster that starts inside the block listens on 127.0.0.1 alone, and none but this user may use it.
+
+    By default all its processes listen on every interface. Ray keeps to localhost where it knows of no clusters (macOS,
+    Windows) and has no public setting for it; ``_node_ip_address="127.0.0.1"`` is taken for the public address. Its
+    token, which it asks of everybody by default, Ray writes to a file that others may read.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        token = Path.home() / ".ray" / "auth_token"
+        if token.is_file() and token.stat().st_uid == os.getuid():
+            token.chmod(0o600)
+
+
+@contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, as of a job that is stopped, ends the block as Ctrl-C does. Ray's own handler would end the process with
-    the service left on the cluster. (Only a main thread may have it so.)"""
+    """Makes SIGTERM, which a stopped job gets, end the block as Ctrl-C does. Ray's own handler would end the process
+    and leave the service on the cluster. Python allows this in the main thread only; in any other, nothing
+    changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,13 +102,13 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Sees that something listens at ``host:port``, for Ray would try for many minutes.
+    """Checks that something listens at ``host:port``, because Ray would try for many minutes.
 
-    Ray Client (``ray://``) is refused: its driver is on no node, and so there is none on which the ledger and the
-    collector could write into the run directory.
+    Ray Client (``ray://``) is refused: its driver runs on no node of the cluster, but the ledger and the collector must
+    write into the run directory on the driver's node.
 
     Raises:
-        InputError: nothing does.
+        InputError: nothing listens there, or the address is Ray Client's.
     """
     if address.startswith("ray://"):
         raise InputError(
@@ -95,7 +117,7 @@ def _reach(address: str) -> None:
         )
     host, colon, port = address.rpartition(":")
     if not colon:
-        return  # "auto" and its like: Ray looks for a cluster on this machine
+        return  # such as "auto": Ray looks for a cluster on this machine
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
@@ -103,14 +125,14 @@ def _reach(address: str) -> None:
 
 
 def _session_logs() -> Path | None:
-    """Where the local cluster logs. Ray has no public call for it."""
+    """The log folder of the local cluster. Ray has no public call for it."""
     node: Any = ray._private.worker._global_node
     return Path(node.get_logs_dir_path()) if node else None
 
 
 @contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
-    """Sends the lines of Ray's loggers, and what the raylet complains of, to a file inside the block, and none to the
+    """Sends the lines of Ray's loggers and the raylet's complaints to a file inside the block, and not to the
     terminal."""
     handler = logging.FileHandler(file, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -130,14 +152,14 @@ def _logged_to(file: Path) -> Iterator[None]:
 
 
 def _logged(data: dict[str, Any], *_: Any, **__: Any) -> None:
-    """In place of Ray's function that prints the raylet's errors, such as that many processes have been started, to
-    standard output. Ray has no setting for them: ``log_to_driver`` is for the workers' lines alone."""
+    """Replaces Ray's function that prints the raylet's errors to standard output, e.g. that many processes have been
+    started. Ray has no setting for them: ``log_to_driver`` covers the workers' lines alone."""
     for line in data["lines"]:
         logging.getLogger("ray").error("%s: %s", data.get("pid", "raylet"), line)
 
 
 def _keep_logs(session: Path, target: Path) -> None:
-    """Copies what the workers of a local cluster wrote. A log that vanished meanwhile is no loss."""
+    """Copies the logs of a local cluster that are not empty. A log that has vanished is skipped."""
     for pattern in ("worker-*", "serve/*", "raylet.*", "gcs_server.*"):
         for file in session.glob(pattern):
             if file.is_file() and file.stat().st_size:
@@ -147,5 +169,5 @@ def _keep_logs(session: Path, target: Path) -> None:
 
 
 def here() -> NodeAffinitySchedulingStrategy:
-    """The node of this process, for actors that read and write its files."""
+    """Pins an actor to the node of this process, because the actor reads and writes its files."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

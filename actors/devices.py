@@ -11,7 +11,7 @@ import torch
 
 from simulator.training.predict import use_one_thread
 
-#: share of a CPU that an actor on a GPU takes as well
+#: CPU share of an actor that computes on a GPU
 CPU_BESIDE_GPU = 0.1
 
 
@@ -38,11 +38,11 @@ class Placement:
 
 
 def settle(placement: Placement) -> torch.device:
-    """The device that Ray assigned to this process; torch is set to one thread. Call it once in an actor's process.
+    """Sets torch to one thread and returns the device that Ray assigned to this process. Call it once in a process.
 
-    A process without a GPU of its own sees every GPU of the node, so Ray's assignment decides, and not what torch
-    finds. If torch does not find the GPU that Ray assigned, which may be a logical one, the device is the CPU. Actors
-    on one GPU share its memory, so torch may allocate only this actor's share of it.
+    Ray's assignment decides, not torch's search: a process without a GPU of its own sees every GPU of the node. If
+    torch does not find the assigned GPU, which may be a logical one, the device is the CPU. Actors on one GPU share its
+    memory, so torch may allocate only this actor's share of it.
     """
     use_one_thread()
     if not (placement.gpu and ray.get_gpu_ids() and torch.cuda.is_available()):

@@ -1,4 +1,4 @@
-"""What Ray's errors say: whether a call failed, or was lost with its process or its node."""
+"""Reads Ray's errors: whether a call failed, or was lost with its process or its node."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What a task failed of: Ray wraps it once for each actor that it passed."""
+    """The original error of a task. Ray wraps it once for each actor that it passed."""
     while isinstance(error, RayTaskError):
         error = error.cause
     return error
 
 
 def is_lost(error: RayError) -> bool:
-    """Whether the process died, ran out of memory, or lost what it was given with a node. False where the call itself
-    has failed."""
-    # a RayTaskError is also of its cause's type, which may be the death of another actor than the one called
+    """Whether a call was lost because its process died, ran out of memory, or lost an argument with a node. False if
+    the call itself failed."""
+    # A RayTaskError is also an instance of its cause's type. So the type alone may tell of the death of another actor.
     return not isinstance(error, RayTaskError) or isinstance(innermost(error), ObjectLostError)

@@ -1,8 +1,9 @@
 """The HTTP door: the prediction service as a web API, with bearer tokens and the same ledger.
 
-:class:`Door` is a plain class over :class:`~actors.replica.Replica`, which checks, charges and answers. The routes
-translate between the door and HTTP. Ray Serve deploys :class:`HttpVictim` behind its HTTP proxy. The messages are those
-of :mod:`simulator.service.http`, and every error is one :class:`~simulator.service.http.Problem`.
+:class:`Door` is a plain class over the service, which checks, charges and answers. The routes translate between the
+door and HTTP. The application stands behind a :class:`~actors.http_gate.Gate`, and ``exsim serve`` opens it
+(:mod:`actors.serving`). The messages are those of :mod:`simulator.service.http`, and every error is one
+:class:`~simulator.service.http.Problem`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import hashlib
 import secrets
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,47 +21,73 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from numpy.typing import NDArray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from actors.devices import Placement
-from actors.http_body import PredictRequest, Refusal, body_of, images_from_json, images_from_npy
-from actors.replica import MAX_PER_ACCOUNT, Replica
+from actors.conversation import Busy
+from actors.http_body import (
+    MAX_BODY,
+    MAX_JSON,
+    MAX_KEY,
+    PredictRequest,
+    Refusal,
+    images_from_json,
+    images_from_npy,
+    refuse_bombs,
+)
+from actors.http_gate import Intake
+from actors.replica import MAX_PER_ACCOUNT
 from simulator import __version__
 from simulator.errors import InputError
 from simulator.service.http import NPY, AccountInfo, ModelInfo, Prediction, Problem
-from simulator.service.ledger import KEYS, KeyReused, OverBudget, Refused, Terms, Unauthorised, hash_token
+from simulator.service.ledger import KEYS, Grant, KeyReused, OverBudget, Refused, Terms, Unauthorised
 from simulator.service.query import MalformedQuery, Query
+from simulator.service.visit import Answer
+
+#: seconds in which a query has to be answered
+REQUEST_SECONDS = 120.0
 
 
 class Door:
     """Finds accounts by their tokens, and has their queries answered. The routes call it.
 
     Args:
-        replica: checks, charges and answers.
+        ask: has the service answer queries, as :meth:`actors.replica.Replica.answer_with_grants` does.
         ledger: handle of :class:`~actors.ledger.LedgerService`.
         model: the description of the model that clients may read.
-        accounts: the accounts' names by the hash of their token.
+        find: the account that a token opens, and what the ledger is told in the token's place; None if it opens none.
     """
 
-    def __init__(self, replica: Replica, ledger: Any, model: ModelInfo, accounts: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        ask: Callable[[Sequence[Query]], Awaitable[Sequence[tuple[Answer, Grant | None]]]],
+        ledger: Any,
+        model: ModelInfo,
+        find: Callable[[str], tuple[str, str] | None],
+    ) -> None:
         self.model = model
-        self._replica, self._ledger, self._accounts = replica, ledger, dict(accounts)
+        self._ask, self._ledger, self._find = ask, ledger, find
         # the replica takes so many queries of an account at once; the others wait here
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MAX_PER_ACCOUNT))
 
-    def account_of(self, token: str | None) -> str:
-        """The name of the account that a token opens. Only hashes are compared, so the time that it takes does not tell
-        how much of a token is right."""
-        account = None if token is None else self._accounts.get(hash_token(token))
-        if account is None:
+    def find(self, token: str) -> str | None:
+        """The name of the account that a token opens, or None."""
+        found = self._find(token)
+        return found[0] if found else None
+
+    def account_of(self, token: str | None) -> tuple[str, str]:
+        """The name of the account that a token opens, and what the ledger is told for it."""
+        found = None if token is None else self._find(token)
+        if found is None:
             raise Refusal(401, "Unauthorised", "the bearer token is missing or opens no account")
-        return account
+        return found
 
     async def account(self, token: str) -> AccountInfo:
         """The balance of a token's account."""
-        name = self.account_of(token)
+        return await self._balance(self.account_of(token)[0])
+
+    async def _balance(self, name: str) -> AccountInfo:
         terms: Terms = await self._ledger.terms.remote(name)
         spent = await self._ledger.spent.remote([name])
         return AccountInfo(account=name, budget=terms.budget, spent=spent, remaining=terms.budget - spent)
@@ -68,11 +95,11 @@ class Door:
     async def predict(self, token: str, images: NDArray[np.generic], key: str | None) -> Prediction:
         """The answer to a query. The account is charged, unless the key has paid for these images already."""
         number = ledger_key(key)
-        account = self.account_of(token)
-        async with self._turns[account]:
-            [(answer, grant)] = await self._replica.answer_with_grants([Query(account, token, number, images)])
+        account, secret = self.account_of(token)
+        async with self._turns[account], asyncio.timeout(REQUEST_SECONDS):
+            [(answer, grant)] = await self._ask([Query(account, secret, number, images)])
         if isinstance(answer, InputError):
-            raise await self._refusal(answer, token, len(images))
+            raise await self._refusal(answer, account, len(images))
         assert grant is not None
         return Prediction(
             key=str(number) if key is None else key,
@@ -81,18 +108,20 @@ class Door:
             probabilities=answer.tolist(),
         )
 
-    async def _refusal(self, error: InputError, token: str, asked: int) -> Refusal:
+    async def _refusal(self, error: InputError, account: str, asked: int) -> Refusal:
         if isinstance(error, MalformedQuery):
             return Refusal(422, "Malformed query", str(error))
         if isinstance(error, KeyReused):
             return Refusal(409, "Key reused", "the Idempotency-Key was used for other images; nothing was charged")
         if isinstance(error, OverBudget):
-            left = await self.account(token)
+            left = await self._balance(account)
             detail = f"{asked} images asked, {left.remaining} of {left.budget} remain; none was answered or charged"
             more = {"asked": asked, "remaining": left.remaining, "budget": left.budget}
             return Refusal(429, "Budget exhausted", detail, **more)
+        if isinstance(error, Busy):
+            return Refusal(503, "Busy", str(error), after=1)
         if isinstance(error, Unauthorised):
-            return Refusal(401, "Unauthorised", str(error))
+            return Refusal(401, "Unauthorised", "the account does not take this token")
         return Refusal(422 if isinstance(error, Refused) else 500, "Refused", str(error))
 
 
@@ -128,7 +157,10 @@ async def authorised(
 
 Token = Annotated[str, Depends(authorised)]
 UNAUTHORISED = {401: "no token, or one that opens no account"}
-DOWN = {503: "the service is being started again; ask again with the same key"}
+DOWN = {
+    429: "more requests than the account or its address may send; `Retry-After` says when",
+    503: "the service is being started again, is full, or ends; ask again with the same key after `Retry-After`",
+}
 
 
 def _problems(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
@@ -171,8 +203,10 @@ async def account(request: Request, token: Token) -> AccountInfo:
             413: "the body is too large",
             415: "the body is of another type",
             422: "malformed images; nothing was charged",
-            429: "over budget: `asked` images were refused, `remaining` are left; nothing was charged",
             **DOWN,
+            408: "the body came too slowly",
+            429: "over budget: `asked` images were refused, `remaining` are left; nothing was charged. With "
+            "`Retry-After`, too many requests",
         }
     ),
 )
@@ -184,7 +218,7 @@ async def predict(
         Header(
             alias="Idempotency-Key",
             min_length=1,
-            max_length=255,
+            max_length=MAX_KEY,
             description="the client's name for this query: the same images under it again are answered for nothing",
         ),
     ] = None,
@@ -193,30 +227,34 @@ async def predict(
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/json", NPY):
         raise Refusal(415, "Unsupported type", f"body of type {kind[:80]!r}; allowed: application/json, {NPY} (.npy)")
-    body = await body_of(request)
-    if kind == NPY:
-        images = images_from_npy(body)
-    else:
-        images, named = images_from_json(body)
-        if named is not None and key is not None and named != key:
-            raise Refusal(422, "Malformed query", "the key of the body is not that of the header Idempotency-Key")
-        key = key if named is None else named
-    if key is not None and not 1 <= len(key) <= 255:
-        raise Refusal(422, "Malformed query", f"key of {len(key)} characters; allowed: 1 to 255")
-    prediction: Prediction = await request.app.state.door.predict(token, images, key)
-    return prediction
+    door: Door = request.app.state.door
+    intake: Intake = request.app.state.intake
+    async with intake.body(request, door.account_of(token)[0], MAX_BODY if kind == NPY else MAX_JSON) as body:
+        if kind == NPY:
+            images = images_from_npy(body)
+        else:
+            refuse_bombs(body, door.model.shape, door.model.max_batch)
+            images, named = images_from_json(body)
+            if named is not None and key is not None and named != key:
+                raise Refusal(422, "Malformed query", "the key of the body is not that of the header Idempotency-Key")
+            key = key if named is None else named
+        if key is not None and not 1 <= len(key) <= MAX_KEY:
+            raise Refusal(422, "Malformed query", f"key of {len(key)} characters; allowed: 1 to {MAX_KEY}")
+        return await door.predict(token, images, key)
 
 
 def build_app(door: Door) -> FastAPI:
-    """The web application over a door; its OpenAPI schema is at ``/openapi.json``."""
+    """The web application over a door; its OpenAPI schema is at ``/openapi.json``. No page of another site may read
+    it: nothing here answers CORS."""
     # no /docs: its page loads scripts from other sites
     app = FastAPI(title="exsim prediction service", version=__version__, docs_url=None, redoc_url=None)
-    app.state.door = door
+    app.state.door, app.state.intake = door, Intake()
     app.include_router(router)
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
-    app.exception_handler(RayError)(_down)
+    for down in (RayError, RayServeException, TimeoutError):
+        app.exception_handler(down)(_down)
     make_schema = app.openapi
 
     def schema() -> dict[str, Any]:
@@ -247,44 +285,19 @@ def _describe_body(schema: dict[str, Any], info: ModelInfo) -> None:
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _reply(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    body = problem.model_dump(exclude_none=True)
-    return JSONResponse(body, problem.status, dict(headers or {}), "application/problem+json")
-
-
 async def _refused(_: Request, refusal: Any) -> JSONResponse:
-    problem: Problem = refusal.problem
-    return _reply(problem, {"WWW-Authenticate": "Bearer"} if problem.status == 401 else None)
+    response: JSONResponse = refusal.response()
+    return response
 
 
 async def _invalid(_: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
-    detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return _reply(Problem(status=422, title="Malformed query", detail=detail))
+    return Refusal(422, "Malformed query", f"{'.'.join(map(str, first['loc']))}: {first['msg']}").response()
 
 
 async def _http(_: Request, error: Any) -> JSONResponse:
-    return _reply(Problem(status=error.status_code, title="Refused", detail=str(error.detail)), error.headers)
+    return Refusal(error.status_code, "Refused", str(error.detail)).response(error.headers)
 
 
 async def _down(*_: object) -> JSONResponse:
-    return _reply(Problem(status=503, title="Unavailable", detail=DOWN[503]), {"Retry-After": "1"})
-
-
-class HttpVictim:
-    """One replica behind Serve's HTTP proxy: the service, its door and the routes in one process."""
-
-    def __init__(
-        self,
-        ledger: ActorHandle[Any],
-        shelf: ActorHandle[Any],
-        placement: Placement,
-        model: Mapping[str, Any],
-        accounts: Mapping[str, str],
-    ) -> None:
-        replica = Replica(ledger, shelf, placement)
-        self._door = Door(replica, ledger, ModelInfo.model_validate(model), accounts)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """The web application. Serve calls this when the replica starts."""
-        return build_app(self._door)
+    return Refusal(503, "Unavailable", "the service is being started again; ask again with the same key", 1).response()

@@ -1,4 +1,4 @@
-"""Fitting a run onto a cluster: which actors, on what share of which resource."""
+"""Fits a run onto a cluster: how many actors of each kind, and what share of a GPU or CPU each gets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from simulator.plan.config import RunConfig
 GROWTH_POLL = 2.0
 
 
-#: a CPU's share that rounding may miss by
+#: rounding error to allow when shares are compared
 SLACK = 1e-6
 
 
-#: the least share of a resource that Ray knows
+#: the smallest share of a resource that Ray can count
 PRECISION = 1e-4
 
 
@@ -49,10 +49,10 @@ def nodes() -> list[dict[str, float]]:
 
 
 def grow(config: RunConfig, scenarios: int, patience: float) -> None:
-    """Asks the cluster's autoscaler for all that a run can use, and waits until it is there, ``patience`` seconds at
-    most; what has come by then is used. GPUs are asked for unless ``device`` is ``cpu``.
+    """Asks the cluster's autoscaler for all that a run can use, and waits for it, at most ``patience`` seconds.
 
-    Without this a run is fitted onto the nodes that are up, and workers that scale from zero stay at zero.
+    The run then uses what has come. GPUs are asked for unless ``device`` is ``cpu``. Without this call a run would be
+    fitted onto the nodes that are up, and groups of workers that scale from zero would stay at zero.
     """
     shares, gpu = config.resources, config.device != "cpu"
     attackers = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
@@ -69,23 +69,23 @@ def grow(config: RunConfig, scenarios: int, patience: float) -> None:
                 pass
             time.sleep(min(GROWTH_POLL, max(0.0, until - time.monotonic())))
     finally:
-        request_resources(bundles=[])  # a node that has come stays for the autoscaler's idle time
+        request_resources(bundles=[])  # new nodes stay up for the autoscaler's idle time
 
 
 def this_machine() -> list[dict[str, float]]:
-    """What a local cluster would have: one node with this machine's cores and GPUs."""
+    """The resources of a local cluster: one node with this machine's cores and GPUs."""
     return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
 
 
 def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | None = None) -> Layout:
-    """Fits a run onto the connected cluster: GPUs where it has any (or ``device`` demands one), else CPUs.
+    """Fits a run onto the connected cluster: onto its GPUs if it has any and ``device`` is not ``cpu``, else onto CPUs.
 
     Args:
-        scenarios: that are to run.
-        there: resources of the nodes, in place of the connected cluster's.
+        scenarios: how many thefts are to run.
+        there: the nodes' resources, in place of the connected cluster's.
 
     Raises:
-        InputError: naming the resource that does not suffice, how much is asked and how much there is.
+        InputError: a resource does not suffice. The message names it, how much is asked and how much there is.
     """
     there = nodes() if there is None else there
     gpus = sum(node.get("GPU", 0) for node in there)
@@ -104,7 +104,7 @@ def lay_out(config: RunConfig, scenarios: int, there: list[dict[str, float]] | N
     wanted = max(1, scenarios if shares.attackers == "auto" else shares.attackers)
     if (
         shares.attackers == "auto" and not gpu
-    ):  # each computes with one thread, so more than cores would only take turns
+    ):  # an attacker computes on one thread, so more of them than cores would only take turns
         wanted = min(wanted, max(1, int(sum(node.get("CPU", 0) for node in there))))
     least = 1 if shares.attackers == "auto" else wanted
     for resource, (each, rest) in limits.items():
@@ -138,10 +138,10 @@ def _check_share(name: str, share: float, kind: str, nodes: list[dict[str, float
 
 
 def _how_many(share: float, others: list[float], kind: str, nodes: list[dict[str, float]], wanted: int) -> int:
-    """How many shares fit beside the others, ``wanted`` at most; -1 if not even the others fit.
+    """How many of ``wanted`` shares fit beside the others; -1 if the others alone do not fit.
 
-    The cluster's sum does not tell: a share lies on one node, and on one GPU. Each is put where the least is left free,
-    as Ray does on a node.
+    The cluster's total does not tell: a share of up to 1 must lie on one GPU, and any share on one node. So two
+    half-free GPUs hold no whole share. Each share goes where the least room is left, as Ray does on a node.
     """
     free = [[1.0] * int(node.get("GPU", 0)) if kind == "GPU" else [node.get("CPU", 0.0)] for node in nodes]
 

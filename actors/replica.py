@@ -18,6 +18,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
+from actors.conversation import Busy
 from actors.devices import Placement, settle
 from actors.failures import innermost
 from actors.ledger import NOTHING
@@ -58,8 +60,9 @@ ROOM = 1 << 30
 MAX_QUEUED = 256
 
 
-class Busy(InputError):
-    """The account has too many messages under way; nothing was charged, and the message may come again."""
+#: how often the service is started. Serve gives it up after three replicas in a row that did not come, as when the
+#: calls that set them up were lost on the way
+START_TRIES = 4
 
 
 class Replica:
@@ -228,7 +231,13 @@ def deploy(
         ray_actor_options=placement.options(),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    handle: DeploymentHandle[Replica] = serve.run(
-        deployment.bind(ledger, shelf, placement, precision, dict(attacks), log), name=name, route_prefix=None
-    )
+    application = deployment.bind(ledger, shelf, placement, precision, dict(attacks), log)
+    for _ in range(START_TRIES - 1):
+        with suppress(RuntimeError):
+            return _run(application, name)
+    return _run(application, name)
+
+
+def _run(application: Any, name: str) -> DeploymentHandle[Replica]:
+    handle: DeploymentHandle[Replica] = serve.run(application, name=name, route_prefix=None)
     return handle

@@ -1,18 +1,19 @@
-"""The actors that compute: trainers on the owner's side, attackers on the other, the collector between them.
+"""The actors that compute: trainers on the owner's side, attackers on the thief's, the collector between them.
 
 Each is a plain class; the shells at the bottom make actors of them. They live as long as the run, because a process
 with torch in it takes seconds to start. A trainer sees everything the owner has. An attacker sees only its own world,
 without the test images, and the service's handle.
 
-Models travel by way of the run directory: a worker takes what it starts from off the shelf, and hands what it made to
-the collector before its call returns. So nothing that was made is lost with a node.
+Models travel through the run directory. A worker takes the model it starts from off the shelf, and hands its own model
+to the collector before its call returns. So no finished model is lost with a node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import ray
 from ray import ObjectRef
@@ -36,14 +37,31 @@ from simulator.records.rows import Row
 from simulator.service.recording import TransferSet
 from simulator.training.predict import use_one_thread
 
-if TYPE_CHECKING:  # Serve takes a second of a processor's time to import: the trainer and the collector do without it
+if TYPE_CHECKING:  # importing Serve takes a second of CPU time, and trainer and collector do without
     from ray.serve.handle import DeploymentHandle
 
     from actors.replica import Replica
     from actors.transport import ServeTransport
 
-#: how often a call to the collector is made again after its death
-MEASURE_RETRIES = 9
+#: how often a call to the collector is made again after its death, or when it was lost on the way
+MEASURE_RETRIES = 19
+
+
+Given = ParamSpec("Given")
+
+
+def once(method: Callable[Given, None]) -> Callable[Given, None]:
+    """A worker's method that does nothing where Ray repeats a call which this worker has done: its answer was lost on
+    the way. A repeated call has the same id."""
+
+    @functools.wraps(method)
+    def called(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        call, worker = ray.get_runtime_context().get_task_id(), vars(args[0])
+        if call is None or call != worker.get("_done"):
+            method(*args, **kwargs)
+            worker["_done"] = call
+
+    return called
 
 
 class Trainer:
@@ -53,8 +71,9 @@ class Trainer:
         self._world, self._board, self._keeper = world, board, keeper
         self._device = settle(placement)
 
+    @once
     def train(self, spec: OwnerModel, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
-        """Trains a model of the owner's; returns when the collector has kept it."""
+        """Trains a model of the owner; returns once the collector has kept it."""
         benign = take(shelf, spec.benign) if isinstance(spec, Marked) else None
         progress, checkpoint = Posting(self._board, spec.id), kept(self._keeper, spec.id)
         owner = train_owner(spec, self._world, benign, self._device, progress, checkpoint)
@@ -66,23 +85,24 @@ class Trainer:
         benign = take(shelf, spec.benign)
         progress, checkpoint = Posting(self._board, spec.id), kept(self._keeper, spec.id)
         found = train_phase(spec, self._world, benign, phase, self._device, progress, checkpoint)
-        checkpoint.load()  # comes after the last write, which nobody waited for
+        checkpoint.load()  # the keeper answers after the last write, so it is not lost
         return found
 
 
 class Attacker:
     """Runs one theft or removal after another.
 
-    It starts while the service is starting, so it learns of the service with its first theft.
+    It starts at the same time as the service, so it gets the service's handle with its first theft.
     """
 
     def __init__(self, world: World, board: ActorHandle[Any], keeper: ActorHandle[Any], placement: Placement) -> None:
-        import actors.transport  # noqa: F401  now, and not when the first scenario waits for it
+        import actors.transport  # noqa: F401  imported now, so that the first theft need not wait for it
 
         self._world, self._board, self._keeper = world, board, keeper
         self._transport: ServeTransport | None = None
         self._device = settle(placement)
 
+    @once
     def steal(
         self,
         service: DeploymentHandle[Replica],
@@ -113,6 +133,7 @@ class Attacker:
         made.model.cpu()
         ray.get(collector.keep.remote(theft, made))
 
+    @once
     def wash(self, subject: Removed, shelf: ActorHandle[Any], collector: ActorHandle[Any]) -> None:
         """See :func:`simulator.experiment.removal.wash`; returns when the collector has kept the result."""
         target = take(shelf, subject.target)
@@ -126,8 +147,8 @@ class Attacker:
 class CollectorService:
     """The collector in a process of its own, on the driver's node.
 
-    It may be killed at any moment: what it was given is on disk before it is measured, and a row that is written again
-    replaces itself.
+    It may be killed at any moment: a model is on disk before it is measured, and a row that is written again replaces
+    the old one.
     """
 
     def __init__(self, path: str, config: RunConfig, dataset_name: str) -> None:
@@ -159,7 +180,7 @@ class CollectorService:
 
 
 def take(shelf: ActorHandle[Any], subject: Subject) -> Classifier:
-    """A model off the shelf."""
+    """Takes a model off the shelf."""
     reference: Any = shelf.get.remote(subject.file)
     return from_bytes(ray.get(reference))
 
@@ -171,10 +192,10 @@ def take_transfer(shelf: ActorHandle[Any], subject: Removed) -> TransferSet:
 
 
 def kept(keeper: ActorHandle[Any], name: str) -> TimedCheckpoint:
-    """The checkpoint of one piece of work at the keeper.
+    """The checkpoint of one piece of work, which the keeper holds.
 
-    Nobody waits for a write: one that is lost costs some work again. A write is left out while the keeper has not done
-    with the last one.
+    Nobody waits for a write, so a lost write costs some work again. A write is skipped while the keeper is busy with
+    the last one.
     """
     last: list[ObjectRef[Any]] = []
 
@@ -191,7 +212,9 @@ def kept(keeper: ActorHandle[Any], name: str) -> TimedCheckpoint:
     return TimedCheckpoint(read, write)
 
 
-TrainerActor = ray.remote(Trainer)
-AttackerActor = ray.remote(Attacker)
+# A call that was lost on the way is made again, however often: the worker lives. One that has died stays dead, and its
+# work goes to another (actors/workers.py).
+TrainerActor = ray.remote(max_task_retries=-1)(Trainer)
+AttackerActor = ray.remote(max_task_retries=-1)(Attacker)
 # A model that kills whoever measures it, by its size, must not do so for ever: the call is lost after some deaths.
 CollectorActor = ray.remote(max_restarts=-1, max_task_retries=MEASURE_RETRIES)(CollectorService)

@@ -1,7 +1,7 @@
-"""Runs a plan on a Ray cluster: the scheduler over a crew's bench, and room made after the loss of a node.
+"""Runs a plan on a Ray cluster: it has the scheduler work on a crew's bench, and makes room after the loss of a node.
 
-The service and the attackers start while the benign models train. Of the thefts that can be started, the longest goes
-first, so that the last to end are short ones.
+The service and the attackers start while the benign models train. Thefts start longest first, so that a run does not
+end with one long theft.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from simulator.service.ledger import Ledger
 
 #: seconds between two looks at the board and the ledger
 REFRESH = 0.5
-#: seconds between two looks at whether nodes were lost, and what is missing since
+#: seconds between two checks for lost nodes
 LOOK = 5.0
-#: seconds that a trainer or the service may be without a place, once nodes were lost, before an attacker makes room
+#: seconds that a trainer or the service may lack a place after the loss of a node, before an attacker gives way
 ROOM = 30.0
-#: seconds between two looks at whether the service is up
+#: seconds between two checks whether the service is up
 START_POLL = 0.05
-#: seconds to wait for a service that is starting when the run ends
+#: seconds to wait at the end of a run for a service that is still starting
 START_PATIENCE = 60.0
 
 
 class Deployment:
-    """The service as it starts, in a thread of its own: the run goes on meanwhile."""
+    """Starts the service in a thread of its own, while the run goes on."""
 
     def __init__(self, start: Callable[[], Any]) -> None:
         self._result: Any = None
@@ -54,19 +54,19 @@ class Deployment:
         """The service's handle, or None while it starts.
 
         Raises:
-            BaseException: what kept it from starting.
+            BaseException: the error that ended the start.
         """
         if self._error is not None:
             raise self._error
         return self._result
 
     def wait(self) -> None:
-        """Waits until it has started, or could not."""
+        """Waits until the start has succeeded or failed, for :data:`START_PATIENCE` seconds at most."""
         self._thread.join(START_PATIENCE)
 
 
 class RayRun:
-    """One run on the connected cluster. :meth:`run` does all that is not done yet."""
+    """One run on the connected cluster. :meth:`run` does all work that is not done yet."""
 
     def __init__(
         self,
@@ -81,14 +81,14 @@ class RayRun:
         self._layout = layout
         self._open = directory.open_copies(plan)
         self._open_accounts()
-        # Ray starts a few processes at a time, in this order: the training of the benign models waits for nothing but
-        # its trainer, and all the rest for the benign models
+        # Ray starts a few processes at a time, in this order. Trainers come early: they train the benign models, and
+        # all other work waits for these.
         self._crew = Crew.start(config, world, directory, layout, trainers=layout.trainers)
         self._nodes, self._looked, self._missing_since = len(nodes()), time.monotonic(), 0.0
 
     def _open_accounts(self) -> None:
-        """Opens every account before there is a ledger actor: a damaged log, or an account that an earlier run of this
-        directory opened on other terms, is refused here, in one line."""
+        """Opens every account before the ledger actor starts. So a damaged log is refused here, in one line, and so is
+        an account that an earlier run of this directory opened on other terms."""
         ledger = Ledger(self._directory.ledger, sync=self._config.sync_ledger)
         for theft in {copy.theft.id: copy.theft for copy in self._open if copy.theft}.values():
             for account, token in self._directory.tokens(theft).items():
@@ -98,34 +98,38 @@ class RayRun:
     def run(self) -> bool:
         """Runs everything that is not done yet; returns whether every row is good.
 
-        What fails becomes a row with its error, and the rest goes on.
+        A failure becomes a row with its error, and the rest goes on.
         """
         deployment = Deployment(lambda: self._crew.serve(self._plan.attacks))
         try:
             asyncio.run(self._run(deployment))
         finally:
-            deployment.wait()  # else it would go on with a Ray that is gone, and start another
+            deployment.wait()  # else its thread would outlive our Ray and start another
             self._crew.dismiss()
-            if self._config.query_log:
-                self._directory.restore_query_log(self._plan.attacks)
+            self._directory.settle(self._plan.attacks if self._config.query_log else None)
             self._directory.clear_test()
         return all(row.status == "ok" for row in self._directory.rows())
 
     def bench(self) -> CrewBench:
-        """The bench that the run's work is done on."""
+        """A new bench over the run's crew."""
         return CrewBench(self._crew, self._directory, self._config, started=self._crew.workers)
 
     async def _run(self, deployment: Deployment) -> None:
         bench, over = self.bench(), asyncio.Event()
-        scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows, retry=False)
+        work = asyncio.create_task(self._work(bench, deployment))
         watch = asyncio.create_task(self._watch(bench, over))
         try:
-            await asyncio.gather(_opened(bench, deployment), scheduler.measure_all((*self._plan.victims, *self._open)))
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
         finally:
             over.set()
-            await watch  # not in the middle of a call: Ray tells the terminal of a call to an actor that is killed
+            await watch  # lets its last call end: Ray prints an error when an actor is killed during a call
+        await work
 
-    # -- what is looked at from time to time ---------------------------------------------------------------------------
+    async def _work(self, bench: CrewBench, deployment: Deployment) -> None:
+        scheduler = Scheduler(bench, self._directory, self._plan.keys_for, self._display.rows)
+        await asyncio.gather(_opened(bench, deployment), scheduler.measure_all((*self._plan.victims, *self._open)))
+
+    # -- the watch: display and room -----------------------------------------------------------------------------------
 
     async def _watch(self, bench: CrewBench, over: asyncio.Event) -> None:
         while not over.is_set():
@@ -138,8 +142,8 @@ class RayRun:
                 continue
 
     def _make_room(self, bench: CrewBench) -> None:
-        """After the loss of a node attackers may hold what the trainer or the service needs: they give way, one after
-        the other, until both are there again."""
+        """Ends attackers, one after the other, until the trainer and the service have a place again. After the loss of
+        a node, attackers may hold the resources that these need."""
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
@@ -155,7 +159,7 @@ class RayRun:
         bench.attackers.fill()
 
     def _has_place(self, bench: CrewBench) -> bool:
-        """Whether what is missing would fit a node that is left; else nobody's going would help."""
+        """Whether the missing actors would fit the nodes that are left. If not, no attacker's end would help."""
         missing = [self._layout.trainer] * (not _training(bench)) + [self._layout.victim] * (not self._serving(bench))
         return all(any(share.fits(node) for node in nodes()) for share in missing)
 
@@ -163,7 +167,7 @@ class RayRun:
         return bench.serving and self._crew.replicas_running() > 0
 
     def _waited_for(self, bench: CrewBench) -> str:
-        """What everybody waits for while no work is under way."""
+        """The status line while no work is under way, e.g. ``waiting for an attacker: 1 of a CPU``."""
         if bench.trainers.waiting:
             return f"waiting for a trainer: {self._layout.trainer}"
         if not bench.serving or (self._missing_since and not self._serving(bench)):
@@ -172,7 +176,7 @@ class RayRun:
 
 
 async def _opened(bench: CrewBench, deployment: Deployment) -> None:
-    """Opens the bench to thefts when the service is up."""
+    """Opens the bench to thefts once the service is up."""
     while (service := deployment.handle()) is None:
         await asyncio.sleep(START_POLL)
     bench.open(service)

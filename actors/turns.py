@@ -90,23 +90,27 @@ class Worker:
     def _work(self) -> None:
         self._prepare()
         while True:
-            work, loop, future = self._queue.get()
-            # The thread tells it, as the caller of run() may be gone. It tells it only if somebody waits, because to
-            # wake the loop costs time.
-            if self._awaited and len(self._queue) <= LOW:
-                self._awaited = False
-                with contextlib.suppress(RuntimeError):
-                    loop.call_soon_threadsafe(self._low.set)
-            if future.cancelled():  # its client has gone
-                continue
-            settle: Callable[[asyncio.Future[Any], Any], None] = _settle
-            try:
-                value = work()
-            except BaseException as error:  # the caller of run() handles it
-                settle, value = _fail, error
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
-                loop.call_soon_threadsafe(settle, future, value)
-            del work, future  # they hold the query's images, and the next item may be long in coming
+            self._serve()
+
+    def _serve(self) -> None:
+        """Computes the next item, once there is one. What it held of the query's images is let go, as the item after
+        it may be long in coming."""
+        work, loop, future = self._queue.get()
+        # The thread tells it, as the caller of run() may be gone. It tells it only if somebody waits, because to wake
+        # the loop costs time.
+        if self._awaited and len(self._queue) <= LOW:
+            self._awaited = False
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._low.set)
+        if future.cancelled():  # its client has gone
+            return
+        settle: Callable[[asyncio.Future[Any], Any], None] = _settle
+        try:
+            value = work()
+        except BaseException as error:  # the caller of run() handles it
+            settle, value = _fail, error
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+            loop.call_soon_threadsafe(settle, future, value)
 
 
 def _settle(future: asyncio.Future[Any], value: Any) -> None:

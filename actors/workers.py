@@ -1,8 +1,8 @@
-"""The workers of one kind: actors that are idle, at work, or on their way, and the work that waits for one of them.
+"""The workers of one kind (idle, busy and starting actors), and the work that waits for one of them.
 
-Work is given to a worker that has answered. A worker for which the cluster has no room, as after the loss of a node,
-therefore keeps nothing waiting: another takes its work. Ray's own restarts cannot do that, for a call belongs to its
-actor: it waits for the restart while others are idle (``docs/architecture.md`` has the measurement).
+Only a worker that has answered gets work. So a worker that finds no room on the cluster, e.g. after the loss of a node,
+delays nothing: another takes the work. Ray's own restarts cannot do that: a call belongs to its actor, and waits for
+that actor's restart while others are idle (``docs/architecture.md`` has the measurement).
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray.exceptions import RayError
 
 from actors.failures import innermost, is_lost
 from simulator.errors import InputError, one_line
 from simulator.experiment.schedule import WorkFailed
 
-#: how often a piece of work is begun when its process dies or it fails, and how many starts in a row may fail
+#: how often a piece of work is tried if it fails or its process dies, and how many starts in a row may fail
 ATTEMPTS = 3
 
 
@@ -30,10 +29,10 @@ class Workers:
     """The workers of one kind.
 
     Args:
-        kind: what they are called in messages, such as ``"attacker"``.
+        kind: their name in messages, such as ``"attacker"``.
         new: starts a worker.
-        count: how many there are to be.
-        started: workers that have been started already; they count.
+        count: how many workers there should be.
+        started: workers that run already; they count towards ``count``.
 
     Attributes:
         paused: no worker is started while this is true.
@@ -55,12 +54,12 @@ class Workers:
 
     @property
     def working(self) -> bool:
-        """Whether one is there, idle or at work."""
+        """Whether a worker is there, idle or busy."""
         return bool(self._idle or self._busy)
 
     @property
     def waiting(self) -> bool:
-        """Whether work waits for one."""
+        """Whether work waits for a worker."""
         return any(not future.done() for _, _, future in self._waiting)
 
     async def ready(self) -> None:
@@ -69,17 +68,18 @@ class Workers:
             await asyncio.wait(list(self._arriving.values()))
 
     def fill(self) -> None:
-        """Starts workers until there are as many as there are to be; none after several in a row failed to start."""
+        """Starts the workers that are missing. It starts none while paused, or after several failed starts in a row."""
         while not self.paused and self._failures < ATTEMPTS and len(self._everyone()) < self._count:
             self._welcome(self._new())
 
-    async def do(self, call: Callable[[Any], ObjectRef[Any]], begun: Callable[[], None], priority: float = 0.0) -> Any:
-        """Has an idle worker do something, and gives its result; another does it again when the worker dies.
+    async def do(self, call: Callable[[Any], Awaitable[Any]], begun: Callable[[], None], priority: float = 0.0) -> Any:
+        """Has an idle worker do a piece of work, and returns the result. If the worker dies, another does the work
+        again.
 
         Args:
-            call: makes the remote call on a worker.
-            begun: told each time that a worker has it.
-            priority: of all that wait, the work of the least value goes first.
+            call: makes the remote call on a worker, and returns its awaitable.
+            begun: called each time that a worker takes the work.
+            priority: the waiting work with the lowest value goes first.
 
         Raises:
             WorkFailed: the work failed or was lost several times, its input is wrong, or no worker could be started.
@@ -93,14 +93,14 @@ class Workers:
                 result = await call(worker)
             except RayError as error:
                 cause = innermost(error)
-                if not is_lost(error):  # it may have failed of a passing want: of memory, of disk, of time
+                if not is_lost(error):  # memory, disk or time may have been short for a while
                     self._give_back(worker)
                     why = one_line(cause)
                     attempts = ATTEMPTS if isinstance(cause, InputError) else attempts + 1
                 elif self._drop(worker):
                     why = f"its process died: {one_line(cause)[:200]}"
                     attempts += 1
-            except BaseException:  # the run is over
+            except BaseException:  # the run was cancelled
                 self._busy.discard(worker)
                 raise
             else:
@@ -109,9 +109,9 @@ class Workers:
         raise WorkFailed(why)
 
     def shed(self) -> bool:
-        """Gives up the share of one worker, an idle one if there is one, and of all that have not come yet.
+        """Ends all starting workers and one other, to free their shares. An idle one goes before a busy one.
 
-        The work of one that was at work goes to another. False where there was no worker to give up.
+        A busy worker's work goes to another. Returns False if there was no idle or busy worker to end.
         """
         for worker, task in list(self._arriving.items()):
             task.cancel()
@@ -126,27 +126,28 @@ class Workers:
             return True
         return False
 
-    # -- who waits, and who comes ------------------------------------------------------------------------------------
+    # -- matching work and workers -----------------------------------------------------------------------------------
 
     def _everyone(self) -> list[Any]:
         return [*self._idle, *self._busy, *self._arriving]
 
     async def _take(self, priority: float) -> Any:
-        """An idle worker, which is at work from now on."""
+        """Waits for an idle worker and marks it as busy."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         heapq.heappush(self._waiting, (priority, next(self._numbers), future))
-        # after this turn of the loop: of all that begin to wait in one turn, the one of least value goes first
+        # Matching waits for the end of this turn of the loop: of all work queued in one turn, the lowest value goes
+        # first.
         loop.call_soon(self._match)
         return await future
 
     def _match(self) -> None:
-        """Gives idle workers to those who wait; tells them when none will come."""
+        """Gives idle workers to waiting work. Fails the work if no worker can be started any more."""
         self.fill()
         hopeless = self._failures >= ATTEMPTS and not self._everyone()
         while self._waiting and (self._idle or hopeless):
             _, _, future = heapq.heappop(self._waiting)
-            if future.done():  # nobody waits there any more
+            if future.done():  # its caller was cancelled
                 continue
             if hopeless:
                 future.set_exception(WorkFailed(f"no {self._kind} could be started: {self._why}"))
@@ -161,30 +162,35 @@ class Workers:
         self._match()
 
     def _drop(self, worker: Any) -> bool:
-        """Takes leave of a worker that has died or cannot be reached; returns whether it did so by itself.
+        """Removes a worker that has died or cannot be reached; returns False if :meth:`shed` ended it.
 
-        A node may have been lost, and others with it, so those that are idle are asked whether they are still there.
+        A lost node may have taken other workers along, so every idle worker must answer again before it gets work.
         """
         self._busy.discard(worker)
-        ray.kill(worker)  # one that lives on out of reach would keep its share of the cluster
+        ray.kill(worker)  # a living worker out of reach would keep its share of the cluster
         while self._idle:
-            self._welcome(self._idle.popleft())
+            self._welcome(self._idle.popleft(), known=True)
         by_itself = worker not in self._shed
         self._shed.discard(worker)
         self._match()
         return by_itself
 
-    def _welcome(self, worker: Any) -> None:
-        self._arriving[worker] = asyncio.get_running_loop().create_task(self._arrive(worker))
+    def _welcome(self, worker: Any, *, known: bool = False) -> None:
+        self._arriving[worker] = asyncio.get_running_loop().create_task(self._arrive(worker, known))
 
-    async def _arrive(self, worker: Any) -> None:
-        """Takes a worker in when it answers."""
+    async def _arrive(self, worker: Any, known: bool) -> None:
+        """Makes a worker idle once it answers.
+
+        Args:
+            known: the worker has answered before, so its death is no failed start.
+        """
         try:
             await worker.__ray_ready__.remote()
         except RayError as error:
-            # what was raised stands at the end, below a traceback
-            self._failures, self._why = self._failures + 1, str(error).strip().splitlines()[-1][:200]
-            ray.kill(worker)  # its answer may be lost alone: then it lives, and would keep its share
+            if not known:
+                # the last line of Ray's text is the error; a traceback stands above it
+                self._failures, self._why = self._failures + 1, str(error).strip().rpartition("\n")[2][:200]
+            ray.kill(worker)  # the worker may live, with only its answer lost, and would keep its share
         else:
             self._failures = 0
             self._idle.append(worker)

@@ -25,8 +25,9 @@ import ray
 from numpy.typing import NDArray
 
 from actors.cluster import connected
+from actors.conversation import Busy
 from actors.ledger import LedgerActor
-from actors.replica import MAX_PER_ACCOUNT, Busy
+from actors.replica import MAX_PER_ACCOUNT
 from actors.transport import ServeTransport, direct
 from benchmarks.measure import Line, Outcome, Spread, Target
 from benchmarks.query_path import TOKEN, VICTIM, cpu_seconds, served

@@ -1,6 +1,7 @@
 """Kills everything that a run is made of, again and again, and checks that its account and its rows do not show it.
 
     python -m benchmarks.chaos --kills 100 --minutes 10 [--report FILE]        (make chaos)
+    python -m benchmarks.chaos --faults rpc --scenarios 3 --seeds 1        (calls are lost: rpc_faults.py)
 
 A run is started as a user would start it. Processes of it are killed with SIGKILL at random moments, alone or several
 at once: attackers, replicas of the service, Serve's controller, the ledger, the keeper, the collector, the trainer, the
@@ -26,8 +27,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +66,8 @@ AT_ONCE = (1, 1, 1, 2, 3)
 PATIENCE = 1800.0
 #: what must not depend on kills
 COMPARED = ("accuracy", "wsr", "agreement", "queries", "key_samples", "status", "error")
+#: no variables of the environment
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def workload(scenarios: int = 6, seeds: int = 1, epochs: int = 6) -> RunConfig:
@@ -168,7 +173,7 @@ def _disturb(
         while (status := driver.poll()) != 0:
             if status is not None:
                 end_all(mark)
-                outcome.resumes[_why(status, log)] += 1
+                outcome.resumes[why(status, log)] += 1
                 resumable = (out / "config.yaml").exists()
                 arguments = ["run", "--resume", str(out)] if resumable else ["run", str(file), "--out", str(out)]
                 driver = start(arguments, mark, log)
@@ -188,15 +193,18 @@ def _disturb(
     return True
 
 
-def start(arguments: list[str], mark: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """``exsim`` with some arguments; its processes inherit the mark, its words replace those in ``log``, if any."""
-    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+def start(
+    arguments: list[str], mark: str, log: Path | None = None, variables: Mapping[str, str] = NONE
+) -> subprocess.Popen[bytes]:
+    """``exsim`` with some arguments. Its processes inherit the variables and the mark, and its words replace those in
+    ``log``, if any."""
+    environment = {**os.environ, **variables, MARK: mark, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "simulator", *arguments]
     with (log or Path(os.devnull)).open("wb") as said:
         return subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
 
 
-def _why(status: int, log: Path) -> str:
+def why(status: int, log: Path) -> str:
     """Why a driver ended without having done everything: what it said of failures, or else its last words."""
     if status == -signal.SIGKILL:
         return "the driver was killed"
@@ -268,7 +276,7 @@ def audit(out: Path, reference: Path, outcome: Outcome) -> None:
 def _book(run: Path) -> Ledger:
     """A run's account, read from a copy of its file."""
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(shutil.copy(run / "ledger" / "ledger.log", folder)))
+        ledger = Ledger(Path(shutil.copytree(run / "ledger", Path(folder) / "ledger")) / "ledger.log")
         ledger.close()
     return ledger
 
@@ -323,6 +331,10 @@ def _models(out: Path, reference: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """``make chaos``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", choices=("kills", "rpc"), default="kills", help="rpc: lost and late calls")
+    parser.add_argument(
+        "--percents", type=int, nargs="+", default=[10, 25, 50], help="of calls lost, with --faults rpc"
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=10, help="go on killing at least so long")
     parser.add_argument("--limit", type=float, default=60, help="minutes after which nothing more is killed")
@@ -334,16 +346,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="write the report there, too")
     options = parser.parse_args(argv)
     config = workload(options.scenarios, options.seeds, options.epochs)
+    if options.faults == "rpc":
+        from benchmarks import rpc_faults  # it starts its runs as this module does
+
+        report, good = rpc_faults.table(config, options.percents)
+        return _tell(report, options.report, good)
     least, limit = 60 * options.minutes, 60 * options.limit
     outcome = campaign(config, options.kills, tuple(options.pause), options.seed, least, limit)
     kinds = (*dict.fromkeys(KINDS.values()), "driver")
     if options.kills >= FAIR * len(kinds):  # then the report would say less than it seems to
         outcome.faults += [f"no {kind} was killed" for kind in kinds if not outcome.kills[kind]]
-    report = "\n".join(outcome.lines())
-    print(report)
-    if options.report:
-        options.report.write_text(f"{machine()}\n\n{report}\n")
-    return 1 if outcome.faults else 0
+    return _tell(outcome.lines(), options.report, not outcome.faults)
+
+
+def _tell(lines: list[str], file: Path | None, good: bool) -> int:
+    """Prints a report and writes it to a file, if there is one; returns the exit status."""
+    print("\n".join(lines))
+    if file:
+        file.write_text("\n".join([machine(), "", *lines, ""]))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ each has a logical GPU, which attackers share by halves.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 import tempfile
@@ -30,18 +31,18 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayActorError
 from rich.console import Console
 
 from actors.cluster import connected
 from actors.layout import lay_out
 from actors.runner import RayRun
+from benchmarks.watched import Place, WatchedBench, place_of
 from simulator.experiment.display import Display
 from simulator.experiment.local import run_config
 from simulator.experiment.preflight import prepare
 from simulator.experiment.rundir import RunDirectory
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import OwnerModel, Scenario
+from simulator.plan.subjects import Marked, Stolen, Subject
 from simulator.records.rows import Row
 from simulator.service.ledger import Ledger
 
@@ -76,49 +77,48 @@ class Found:
     faults: list[str] = field(default_factory=list)
 
 
-def node_of(_: object) -> tuple[str, list[int]]:
-    """The node of an actor, and the GPUs it was given."""
-    return ray.get_runtime_context().get_node_id(), [int(gpu) for gpu in ray.get_gpu_ids()]
-
-
-class OnNodes(RayRun):
+class OnNodesBench(WatchedBench):
     """Notes where attackers are, and takes a node away."""
 
     cluster: Any = None
     lose: str | None = None
     found: Found
 
-    def _train(self, trainer: Any, spec: OwnerModel) -> None:
-        where = trainer.__ray_call__.remote(node_of)
-        super()._train(trainer, spec)
-        if self.lose == "trainer" and spec.watermark is not None and not self.found.lost:
-            while not ray.get(self._board.read.remote()).get(spec.id):
-                time.sleep(0.01)
-            self._remove(ray.get(where)[0])
-
-    def _steal(self, attacker: Any, scenario: Scenario) -> None:
-        where = attacker.__ray_call__.remote(node_of)
-        super()._steal(attacker, scenario)
-        try:
-            node, gpus = ray.get(where)
-        except RayActorError:  # it was on the node that is lost
+    async def given(self, subject: Subject, place: Place) -> None:
+        """Removes the node that is to be lost, at the moment that is asked for."""
+        if isinstance(subject, Stolen):
+            self.found.where[place.node] += 1
+            self.found.shares.update((place.node, gpu) for gpu in place.gpus)
+        if self.found.lost:
             return
-        self.found.where[node] += 1
-        self.found.shares.update((node, gpu) for gpu in gpus)
-        if self.found.lost or self.lose not in ("attacker", "replica"):
-            return
-        if self.lose == "replica":
-            node = ray.get(replica(self._crew.app).__ray_call__.remote(node_of))[0]
-        if node != ray.get_runtime_context().get_node_id():
-            while not ray.get(self._ledger.spent.remote(list(scenario.accounts))):
-                time.sleep(0.01)
-            self._remove(node)
+        if self.lose == "trainer" and isinstance(subject, Marked):
+            while not (await self._crew.board.read.remote()).get(subject.id):
+                await asyncio.sleep(0.01)
+            self._remove(place.node)
+        elif self.lose in ("attacker", "replica") and isinstance(subject, Stolen):
+            node = place.node
+            if self.lose == "replica":
+                node = (await replica(self._crew.app).__ray_call__.remote(place_of)).node
+            if node != ray.get_runtime_context().get_node_id():
+                while not await self._crew.ledger.spent.remote(list(subject.accounts)):
+                    await asyncio.sleep(0.01)
+                self._remove(node)
 
     def _remove(self, node: str) -> None:
+        if self.found.lost:  # another theft was quicker
+            return
         (gone,) = [each for each in self.cluster.list_all_nodes() if each.node_id == node]
         assert gone.node_id != ray.get_runtime_context().get_node_id()
         self.found.lost = node
         self.cluster.remove_node(gone, allow_graceful=False)
+
+
+class OnNodes(RayRun):
+    """A run on the bench that loses a node."""
+
+    def bench(self) -> OnNodesBench:
+        """The bench that the run's work is done on."""
+        return OnNodesBench(self._crew, self._directory, self._config, started=self._crew.workers)
 
 
 def replica(app: str) -> Any:
@@ -132,7 +132,7 @@ def on_nodes(config: RunConfig, out: Path, nodes: int, *, lose: str | None = Non
     """Runs on a cluster of ``nodes`` processes of this machine; the rows go to ``out``."""
     size = {"num_cpus": 2, "num_gpus": gpus, "object_store_memory": 100 << 20}
     head = {"num_cpus": 1, "num_gpus": 0} if lose in ("trainer", "replica") else {}
-    cluster = Cluster(initialize_head=True, head_node_args={**size, **head, "include_dashboard": False})
+    found, cluster = Found(), Cluster(initialize_head=True, head_node_args={**size, **head, "include_dashboard": False})
     try:
         for _ in range(nodes - 1):
             cluster.add_node(**size)
@@ -141,21 +141,21 @@ def on_nodes(config: RunConfig, out: Path, nodes: int, *, lose: str | None = Non
         directory = RunDirectory.create(config, out)
         start = time.monotonic()
         with connected(cluster.address, directory.path / "logs"):
-            OnNodes.cluster, OnNodes.lose, OnNodes.found = cluster, lose, Found()
+            OnNodesBench.cluster, OnNodesBench.lose, OnNodesBench.found = cluster, lose, found
             display = Display(Console(stderr=True), total=0, quiet=True)
             layout = lay_out(config, len(plan.scenarios))
             if not OnNodes(config, plan, world, directory, display, layout).run():
-                OnNodes.found.faults.append("not every row is good")
-        OnNodes.found.seconds = time.monotonic() - start
+                found.faults.append("not every row is good")
+        found.seconds = time.monotonic() - start
     finally:
         cluster.shutdown()
     ledger = Ledger(directory.ledger)
     for scenario in plan.scenarios:
         spent = sum(ledger.spent(account) for account in scenario.accounts)
         if spent != scenario.budget:
-            OnNodes.found.faults.append(f"{scenario.id}: charged {spent} of {scenario.budget}")
+            found.faults.append(f"{scenario.id}: charged {spent} of {scenario.budget}")
     ledger.close()
-    return OnNodes.found
+    return found
 
 
 def differences(rows: list[Row], others: list[Row]) -> list[str]:

@@ -34,6 +34,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from benchmarks import fuzz_configs, fuzz_queries
 from benchmarks.fuzz_queries import Book, Case, Tally, audit, draw, judge, terms
+from simulator.chain import head_file
 from simulator.models import save_model
 from simulator.training.predict import use_one_thread
 
@@ -97,7 +98,9 @@ def deployed(dice: Random, cases: int) -> Tally:
             tally.faults.append(f"the application is {status}")
         serve.delete(name)
         ray.kill(shelf)
-        audit(Path(shutil.copy(log, log.with_name("copy.log"))), book, tally)
+        copy = log.with_name("copy.log")
+        shutil.copy(head_file(log), head_file(copy))
+        audit(Path(shutil.copy(log, copy)), book, tally)
         ray.kill(ledger)
     return tally
 

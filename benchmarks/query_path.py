@@ -101,7 +101,9 @@ class Limit:
 
 
 @contextmanager
-def served(model: bytes, accounts: dict[str, int], cpus: int | None = None) -> Iterator[tuple[Any, Any, str]]:
+def served(
+    model: bytes, accounts: dict[str, int], cpus: int | None = None, replicas: int = 1
+) -> Iterator[tuple[Any, Any, str]]:
     """A victim behind Serve and a ledger with these accounts (name to budget); gives the handle, the ledger and the
     application's name. ``cpus`` are Ray's logical ones, two more than accounts if not given."""
     with tempfile.TemporaryDirectory() as folder, connected(None, Path(folder), cpus=cpus or len(accounts) + 2):
@@ -114,7 +116,7 @@ def served(model: bytes, accounts: dict[str, int], cpus: int | None = None) -> I
         terms = {name: Terms(VICTIM, "soft", budget, hash_token(TOKEN)) for name, budget in accounts.items()}
         ray.get(ledger.open.remote(terms))
         try:
-            yield deploy(app, ledger, shelf, Placement(False, 1)), ledger, app
+            yield deploy(app, ledger, shelf, Placement(False, 1), replicas), ledger, app
         finally:
             for actor in (ledger, shelf):
                 ray.kill(actor)

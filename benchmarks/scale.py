@@ -23,8 +23,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from actors.bench import CrewBench
 from actors.cluster import connected
+from actors.conversation import PACK
 from actors.devices import Placement
 from actors.layout import Layout
 from actors.runner import RayRun
-from actors.transport import PACK, direct
-from actors.workers import Pool
+from actors.transport import direct
 from benchmarks.measure import machine
 from simulator.detectors.base import Detector
 from simulator.errors import InputError
@@ -55,7 +56,7 @@ from simulator.experiment.world import World
 from simulator.models import build
 from simulator.ownership.key import KeySamples
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import OwnerModel, Scenario
+from simulator.plan.subjects import Marked, OwnerModel, Stolen
 from simulator.service.ledger import Ledger
 from simulator.service.oracle import CHUNK
 from simulator.service.query import Query
@@ -100,16 +101,17 @@ class Trainers(Host):
         use_one_thread()
         self._world = world
 
-    def train(self, spec: OwnerModel, benign: bytes | None) -> tuple[TrainedOwner, float]:
+    def train(self, spec: OwnerModel, shelf: Any, collector: Any) -> None:
         """As :meth:`actors.roles.Trainer.train`."""
         data, generator = self._world.dataset, torch.Generator().manual_seed(0)
         model = build(spec.architecture, channels=data.channels, size=data.size, classes=data.classes).eval()
         key = None
-        if spec.watermark is not None:
+        if isinstance(spec, Marked):
             shape = (KEY, data.channels, data.size, data.size)
             images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
             key = KeySamples(images, torch.zeros(KEY, dtype=torch.int64), data.classes, {"filter": "none"})
-        return TrainedOwner(model, key, key, None, 0.0, datetime.now(UTC)), 0.0
+        owner = TrainedOwner(model, key, key, None, 0.0, datetime.now(UTC))
+        ray.get(collector.keep.remote(spec, owner))
 
 
 class Attackers(Host):
@@ -122,16 +124,17 @@ class Attackers(Host):
         self._model = build("linear", channels=data.channels, size=data.size, classes=data.classes).eval()
         self._images = data.attacker.images.repeat(2, 1, 1, 1)[:CHUNK].numpy()
 
-    async def run(
+    async def steal(
         self,
         service: Any,
-        scenario: Scenario,
+        theft: Stolen,
         tokens: dict[str, str],
         triggers: KeySamples | None,
+        collector: Any,
         record: bool,
         detectors: Sequence[Detector] = (),
-    ) -> tuple[Theft, int]:
-        """As :meth:`actors.roles.Attacker.run`: spends the budget, a step's time between two messages.
+    ) -> None:
+        """As :meth:`actors.roles.Attacker.steal`: spends the budget, a step's time between two messages.
 
         The messages are those of :class:`actors.transport.ServeTransport`, which would need a thread for each attacker:
         hundreds of threads in a process spend their time on Python's lock.
@@ -141,17 +144,35 @@ class Attackers(Host):
         started, clock = datetime.now(UTC), time.perf_counter()
         ((account, token),) = tokens.items()
         asked = key = 0
-        while asked < scenario.budget:
+        while asked < theft.budget:
             message = []
-            while len(message) < PACK and asked < scenario.budget:
-                images = self._images[: scenario.budget - asked]
+            while len(message) < PACK and asked < theft.budget:
+                images = self._images[: theft.budget - asked]
                 message.append(Query(account, token, key, images))
                 asked, key = asked + len(images), key + 1
             for answer in await self._handle.answer.remote(message):
                 if isinstance(answer, InputError):
                     raise answer
             await asyncio.sleep(self._think * len(message))
-        return Theft(self._model, asked, time.perf_counter() - clock, started), asked
+        await collector.keep.remote(theft, Theft(self._model, asked, time.perf_counter() - clock, started))
+
+
+class Seat:
+    """One of the attackers in a process: a worker of its own for the runner."""
+
+    def __init__(self, host: Any) -> None:
+        self.steal, self.__ray_ready__ = host.steal, host.__ray_ready__
+
+
+class SimulatedBench(CrewBench):
+    """The bench as it is, but for a call at the first theft."""
+
+    first: Callable[[], None]
+
+    async def _steal(self, theft: Stolen) -> None:
+        await asyncio.shield(self._service)
+        self.first()
+        await super()._steal(theft)
 
 
 class Simulated(RayRun):
@@ -160,37 +181,44 @@ class Simulated(RayRun):
     think = 0.0
 
     def __init__(self, *arguments: Any) -> None:
-        self._places: deque[Any] = deque()
-        self._watch: Watch | None = None
+        self._seats: deque[Seat] = deque()
+        self._looker: Watch | None = None
         self.began = self.cpu_at_start = 0.0
         self.before: dict[int, tuple[str, float, float]] = {}
         super().__init__(*arguments)
-        self._trainers = Pool(self._new_trainer, [self._new_trainer()])
 
     def watched_by(self, watch: Watch) -> None:
         """Where CPU seconds are read when the first theft begins."""
-        self._watch = watch
+        self._looker = watch
 
-    def _steal(self, attacker: Any, scenario: Scenario) -> None:
+    def bench(self) -> CrewBench:
+        """The bench that the run's work is done on."""
+        crew = self._crew
+        crew.new_trainer, crew.new_attacker = self._new_trainer, self._new_attacker
+        crew.layout = replace(crew.layout, trainers=1)
+        bench = SimulatedBench(crew, self._directory, self._config)
+        bench.first = self._begin
+        return bench
+
+    def _begin(self) -> None:
         if not self.began:
             # a process with torch in it takes seconds of CPU to start, which is not what is asked here
-            ray.get([worker.ready.remote() for worker in set(self._crew.workers)])
-            assert self._watch is not None
-            self._watch.look()
-            self.before, self.began = dict(self._watch.uses), time.perf_counter()
+            ray.get([worker.ready.remote() for worker in self._crew.workers])
+            assert self._looker is not None
+            self._looker.look()
+            self.before, self.began = dict(self._looker.uses), time.perf_counter()
             self.cpu_at_start = time.thread_time()
-        super()._steal(attacker, scenario)
 
     def _new_trainer(self) -> Any:
         self._crew.workers.append(ray.remote(num_cpus=SHARE)(Trainers).remote(self._crew.worlds[0]))
         return self._crew.workers[-1]
 
     def _new_attacker(self) -> Any:
-        if not self._places:
+        if not self._seats:
             kind: Any = ray.remote(num_cpus=SHARE, max_concurrency=EACH)(Attackers)
             self._crew.workers.append(kind.remote(self._crew.worlds[1], self.think))
-            self._places.extend([self._crew.workers[-1]] * EACH)
-        return self._places.popleft()
+            self._seats.extend(Seat(self._crew.workers[-1]) for _ in range(EACH))
+        return self._seats.popleft()
 
 
 @dataclass

@@ -22,7 +22,7 @@ from simulator.experiment.preflight import prepare
 from simulator.experiment.world import World
 from simulator.models import Classifier
 from simulator.plan.config import read_config
-from simulator.plan.subjects import OwnerModel
+from simulator.plan.subjects import Marked, Trained
 from simulator.seeding import generator_for
 from simulator.training.fit import fit
 from simulator.training.predict import use_one_thread
@@ -32,7 +32,7 @@ PLAIN = "no watermark"
 DEVICE = torch.device("cpu")
 
 
-def plain(spec: OwnerModel, world: World, number: int) -> tuple[Classifier, float]:
+def plain(spec: Trained, world: World, number: int) -> tuple[Classifier, float]:
     """A benign model, and the CPU seconds of its training."""
     start = time.thread_time()
     generator = generator_for("benchmark", PLAIN, number)
@@ -41,9 +41,8 @@ def plain(spec: OwnerModel, world: World, number: int) -> tuple[Classifier, floa
     return model, time.thread_time() - start
 
 
-def marked(spec: OwnerModel, world: World, benign: Classifier, number: int) -> float:
+def marked(spec: Marked, world: World, benign: Classifier, number: int) -> float:
     """The CPU seconds of a scheme's embedding."""
-    assert spec.watermark is not None
     start = time.thread_time()
     task = OwnerTask(
         world.dataset, spec.training, benign, lambda drawn: build_owner_model(spec, world.dataset, DEVICE, drawn)
@@ -88,11 +87,10 @@ def run(preset: str = "schemes", rounds: int = 3, overrides: Sequence[str] = ())
     )
 
 
-def _name(victim: OwnerModel, every: Sequence[OwnerModel]) -> str:
+def _name(victim: Marked, every: Sequence[Marked]) -> str:
     """The scheme's name, with a number where it stands there several times."""
-    assert victim.watermark is not None
     name = victim.watermark.name
-    alike = [other.id for other in every if other.watermark is not None and other.watermark.name == name]
+    alike = [other.id for other in every if other.watermark.name == name]
     return name if len(alike) == 1 else f"{name} {alike.index(victim.id) + 1}"
 
 

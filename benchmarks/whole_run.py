@@ -54,7 +54,7 @@ WITH_ALL_THREADS = (
 )
 ACTOR = "ray::"
 #: methods in which a worker does what the run is for; a worker at anything else is idle or starting
-WORK = ("Trainer.train", "Attacker.run", "CollectorService.add_", "CollectorService.load_")
+WORK = ("Trainer.train", "Attacker.steal", "Attacker.wash", "CollectorService.keep", "CollectorService.measure")
 
 
 @dataclass

@@ -15,4 +15,11 @@ class RunFailed(Exception):
 
 def one_line(error: BaseException) -> str:
     """An exception as one line: its type and what it says."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return plain(f"{type(error).__name__}: {error}")
+
+
+def plain(text: str) -> str:
+    """Text as one line that a terminal only shows: what would move its cursor, colour it or turn its direction is
+    spelt out."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)

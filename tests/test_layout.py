@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
         *("ownership", "attacks", "watermarks", "removals", "evasions"),
     },
     "records": {"ground", "detectors"},
-    "report": {"ground", "records"},
+    "report": {"ground", "records", "service"},
 }
 ROOMS["experiment"] = ROOMS.keys() - {"report"}
 ROOMS["actors"] = ROOMS.keys() - {"report"}

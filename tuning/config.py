@@ -1,4 +1,4 @@
-"""A sweep's configuration: a run configuration, what of it is searched, for what, how, and on what it is confirmed."""
+"""A sweep's configuration: a run configuration, the searched fields, the objective, the search, and the holdout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Search(Settings):
     Attributes:
         method: ``random``; ``grid`` (every combination); ``optuna`` (TPE on the scalarised value); ``optuna-pareto``
             (TPE on accuracy drop and worst WSR as two objectives).
-        seed: of the choice alone; what is computed does not depend on it.
+        seed: decides the choice of settings alone. The trainings and thefts do not depend on it.
     """
 
     method: Literal["random", "grid", "optuna", "optuna-pareto"] = "random"
@@ -32,13 +32,15 @@ class Search(Settings):
 
 
 class Halving(Settings):
-    """Synchronous successive halving: trials go in brackets, and at every rung wait for the others of their bracket,
-    until the best of them go on. What is stopped depends on results alone, not on who is first.
+    """Synchronous successive halving. At every rung a trial waits for the others of its bracket; then the best go on.
+
+    So what is stopped depends on results alone, not on which trial is first.
 
     Attributes:
         bracket: trials that are compared with each other.
-        keep: the fraction that goes on, rounded up, after each stage: ``phase 1`` (of a watermark trained in phases),
-            ``victim``, ``attack`` (each of them, unless ``attack 2`` and so on say otherwise); the others are no rungs.
+        keep: the fraction that goes on after each stage, rounded up. Stages are ``phase 1`` (of a watermark trained in
+            phases), ``victim`` and ``attack`` (each attack, unless ``attack 2`` and so on say otherwise). A stage that
+            is not named is no rung.
     """
 
     bracket: int = Field(8, ge=2)
@@ -48,7 +50,7 @@ class Halving(Settings):
 
 
 class Holdout(Settings):
-    """What the search does not see: fresh seeds, and attacks beside those of the search."""
+    """Seeds and attacks that the search does not see. The attacks are added to those of the search."""
 
     seeds: tuple[Seed, ...] = (100, 101, 102)
     scenarios: tuple[ScenarioConfig, ...] = ()
@@ -66,14 +68,14 @@ class SweepConfig(Settings):
     """Everything that decides a sweep's trials, and how it is run.
 
     Attributes:
-        base: the run configuration; its one watermark and its scenarios are a trial's, its seeds are not used.
-        space: what is searched: Tune's domains by dotted path.
-        trials: settings that are tried, the default setting among them; for a grid, all combinations if not given.
-        seeds: a trial is computed for each, side by side.
-        halving: null runs every trial to its end.
-        concurrent: trials under way at once; ``auto`` is enough to keep trainers and attackers busy.
-        storage_path: where Tune writes (TensorBoard's files among it): a local or shared folder or a bucket's URI; the
-            sweep's own directory if not given. Rows and models are always written to the sweep's directory.
+        base: the run configuration. A trial uses its one watermark and its scenarios, but not its seeds.
+        space: the searched fields: one of Tune's domains for each dotted path.
+        trials: how many settings are tried, the default setting included. A grid tries all combinations if not given.
+        seeds: a trial is computed for each of them, side by side.
+        halving: when trials are stopped early; null runs every trial to its end.
+        concurrent: trials under way at once; ``auto`` takes as many as there are trainers and attackers.
+        storage_path: where Tune writes, e.g. TensorBoard's files: a local or shared folder or a bucket's URI; the
+            sweep's own directory if not given. Rows and models always go to the sweep's directory.
         loggers: any of ``tensorboard, csv, json, mlflow, wandb``, with the arguments of Ray's callback.
     """
 
@@ -119,7 +121,7 @@ class SweepConfig(Settings):
         return self
 
     def stages(self) -> list[str]:
-        """What a trial does, one after the other: the phases of its victim's training, ``victim``, ``attack 1``, ..."""
+        """The stages of a trial, in order: the phases of its victim's training, ``victim``, ``attack 1``, ..."""
         return [*self.base.watermarks[0].phases(), "victim", *(f"attack {at + 1}" for at in range(self.attacks()))]
 
     def attacks(self) -> int:
@@ -127,7 +129,7 @@ class SweepConfig(Settings):
         return sum(len(entry.expand()) for entry in self.base.scenarios)
 
     def rungs(self) -> dict[str, float]:
-        """The stages at which trials wait, and the fraction that goes on; not the last, where all are done."""
+        """The stages at which trials wait, and the fraction that goes on. The last stage is none of them."""
         keep = dict(self.halving.keep) if self.halving else {}
         for at in range(self.attacks()) if "attack" in keep else ():
             keep.setdefault(f"attack {at + 1}", keep["attack"])
@@ -141,7 +143,7 @@ class SweepConfig(Settings):
         return min(len(grid(self.base, self.space)), self.trials or 2**31)
 
     def run_config(self, part: Literal["search", "holdout"]) -> RunConfig:
-        """What is run for a setting, but for the setting: in the search, or to confirm it."""
+        """The run configuration of the search or of the holdout, before a setting is applied."""
         data = json.loads(self.base.to_json()) | {"controls": False, "seeds": list(self.seeds)}
         if part == "holdout":
             more = [entry.model_dump(mode="json") for entry in self.holdout.scenarios]
@@ -162,8 +164,8 @@ class SweepConfig(Settings):
 def read_sweep(source: str, overrides: Sequence[str] = ()) -> SweepConfig:
     """The configuration of a sweep: a preset's name or a YAML file, with ``key.path=value`` overrides applied.
 
-    ``base`` is a run preset's name, a run configuration's file, or a mapping: a whole run configuration, or ``from:``
-    with either, and what replaces parts of it, by dotted path.
+    ``base`` is a run preset's name, a run configuration's file, or a mapping. The mapping is a whole run configuration,
+    or ``from:`` with a name or file and replacements by dotted path.
 
     Raises:
         InputError: no such preset or file, not YAML, or a wrong key or value.

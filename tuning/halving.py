@@ -1,8 +1,9 @@
-"""Synchronous successive halving (Jamieson & Talwalkar, AISTATS 2016), as decisions alone: who goes on, who stops.
+"""Synchronous successive halving (Jamieson & Talwalkar, AISTATS 2016), as pure decisions: which trials go on, and which
+stop.
 
-Trials are numbered in the order in which they were proposed, and ``size`` of them in turn make a bracket. A trial that
-has reached a rung waits until every other trial of its bracket has reached it, too, or has ended; then the best go on.
-The decisions are a function of the results, whatever the order in which these arrive.
+Trials are numbered in the order of proposal, and each ``size`` in turn form a bracket: with 8, trials 0 to 7. A trial
+at a rung waits until every other trial of its bracket has reached the rung or ended; then the best go on. The decisions
+depend on the results, not on the order in which they arrive.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Decision:
-    """Trials that may go on and trials that stop, by number. Empty while a rung waits for somebody."""
+    """Trials that may go on and trials that stop, by number. Both are empty while the rung waits for a trial."""
 
     go: list[int] = field(default_factory=list)
     stop: list[int] = field(default_factory=list)
@@ -24,9 +25,9 @@ class Halving:
     """The brackets of a sweep.
 
     Args:
-        keep: the rungs' stages, in order, and the fraction that goes on from each, rounded up.
-        size: of a bracket.
-        total: trials of the sweep; the last bracket has what is left.
+        keep: for each rung's stage, in order, the fraction that goes on, rounded up.
+        size: trials in a bracket.
+        total: trials of the sweep. The last bracket has the remainder.
     """
 
     def __init__(self, keep: Mapping[str, float], size: int, total: int) -> None:
@@ -36,13 +37,13 @@ class Halving:
         self._gone: set[int] = set()
 
     def members(self, trial: int) -> range:
-        """The bracket of a trial."""
+        """The numbers of the trials in a trial's bracket."""
         first = trial // self._size * self._size
         return range(first, min(first + self._size, self._total))
 
     def arrive(self, trial: int, stage: str, value: float) -> Decision:
-        """A trial has reached a stage. One that was decided on before (its process died, and it reports again) gets the
-        same answer again."""
+        """Takes a trial's value at a stage. A trial that reports again, because its process died, gets the same
+        answer."""
         if stage not in self._keep:
             return Decision(go=[trial])
         if trial in self._decided[stage]:
@@ -51,7 +52,7 @@ class Halving:
         return self._decide(trial, stage)
 
     def end(self, trial: int) -> Decision:
-        """A trial has ended by itself: done, or failed. Those who wait for it alone need not wait any more."""
+        """Takes note that a trial is done or has failed, and decides on those that waited for it alone."""
         self._gone.add(trial)
         decision = Decision()
         for stage in self._keep:

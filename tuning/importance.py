@@ -1,4 +1,4 @@
-"""Which of the searched settings decide an outcome: permutation importance in a random forest (Breiman, 2001)."""
+"""Says which searched settings decide an outcome: permutation importance in a random forest (Breiman, 2001)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tuning.records import TrialRecord
 from tuning.space import Axis
 
-#: trials below which nothing is said
+#: the fewest trials for which anything is said
 LEAST = 8
 TREES, REPEATS = 100, 10
 
@@ -19,8 +19,8 @@ TREES, REPEATS = 100, 10
 class Importance:
     """The loss of R², on the trials themselves, when a setting's column is shuffled: mean and deviation by path.
 
-    With few trials this says which settings the forest used, not how sure that is; trials that were stopped early are
-    missing where their outcome is.
+    With few trials this says which settings the forest used, not how sure that is. Trials that were stopped before they
+    had the outcome are left out.
     """
 
     outcome: str
@@ -31,8 +31,8 @@ class Importance:
 
 
 def importances(records: Sequence[TrialRecord], space: Mapping[str, Axis]) -> list[Importance]:
-    """Of the accuracy drop (every trial with a whole victim) and of the worst WSR (every trial that ran to its end),
-    where there are enough trials and they differ."""
+    """The importances for the accuracy drop (of all trials with a whole victim) and for the worst WSR (of all that ran
+    to their end). An outcome with too few trials, or the same in all, is left out."""
     found = []
     for name, field in (("accuracy drop", "drop"), ("worst stolen WSR", "worst_wsr")):
         usable = [one for one in records if one.done or (field == "drop" and one.benign_wsr is not None)]

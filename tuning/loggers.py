@@ -21,7 +21,7 @@ def callbacks(loggers: Mapping[str, Mapping[str, Any]]) -> list[LoggerCallback]:
     for name, arguments in loggers.items():
         try:
             if name in ("mlflow", "wandb"):
-                import_module(name)  # Ray's callback would miss it only when the sweep has begun
+                import_module(name)  # Ray's callback would complain only once the sweep has begun
             made.append(_kind(name)(**arguments))
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"loggers.{name}: {one_line(error)}") from None

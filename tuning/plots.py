@@ -1,6 +1,7 @@
-"""The plots of a sweep: what survival costs (Pareto front), where it is had (map), and which settings decide it.
+"""The plots of a sweep: what survival costs (Pareto front), where in the space it is high (map), and which settings
+decide it.
 
-Drawn as the plots of a run are: no global state, the same trials give the same SVG.
+They are drawn like a run's plots: without global state, so the same trials give the same SVG.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from tuning.importance import Importance
 from tuning.records import TrialRecord
 from tuning.space import Axis, Setting
 
-#: numeric dimensions that the map pairs with each other
+#: how many numeric dimensions the map pairs with each other
 DIMENSIONS = 3
 DONE, WINNER, DEFAULT = COLOURS[0], COLOURS[1], COLOURS[2]
 
 
 def front(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that no other beats in both accuracy drop (less) and worst WSR (more), by drop."""
+    """The trials that no other beats in both accuracy drop (less) and worst WSR (more), ordered by drop."""
     best: list[TrialRecord] = []
     for one in sorted((one for one in records if one.done), key=lambda one: (one.drop, -_rate(one), one.number)):
         if not best or _rate(one) > _rate(best[-1]):
@@ -39,7 +40,7 @@ def front(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 def pareto(records: Sequence[TrialRecord], max_drop: float, winner: Setting, default: Setting) -> str:
     """Accuracy drop against worst stolen WSR, each trial with the range over its seeds; SVG.
 
-    A trial that was stopped after some of its attacks stands at the worst of those, from which it could only fall.
+    A trial that was stopped after some of its attacks stands at the worst WSR of those. The others could only lower it.
     """
     with _styled():
         figure = Figure(figsize=(8.6, 4.6))
@@ -78,8 +79,8 @@ def pareto(records: Sequence[TrialRecord], max_drop: float, winner: Setting, def
 def setting_map(
     records: Sequence[TrialRecord], space: Mapping[str, Axis], winner: Setting, default: Setting
 ) -> str | None:
-    """Where in the space the worst stolen WSR is high: a panel for each two of the first three numeric dimensions; SVG,
-    or None if fewer than two are searched."""
+    """Where in the space the worst stolen WSR is high, with a panel for each pair of the first three numeric
+    dimensions. SVG; None if fewer than two are searched."""
     numeric = [path for path, axis in space.items() if axis.numeric][:DIMENSIONS]
     pairs = list(itertools.combinations(numeric, 2))
     if not pairs:
@@ -115,7 +116,7 @@ def setting_map(
 
 
 def importance_bars(found: Sequence[Importance]) -> str | None:
-    """How much worse a forest predicts an outcome when one setting is shuffled; SVG, None if nothing could be said."""
+    """How much worse a forest predicts an outcome when one setting is shuffled. SVG; None if ``found`` is empty."""
     if not found:
         return None
     with _styled():
@@ -151,7 +152,7 @@ def _look(one: TrialRecord, winner: Setting, default: Setting) -> tuple[str, str
 
 
 def _scale(axes: Axes, name: str, axis: Axis, path: str) -> None:
-    """A dimension's axis: logarithmic if its domain is, with plain numbers."""
+    """Sets up a dimension's axis with plain numbers. It is logarithmic if its domain is."""
     label = path.rpartition(".")[2].replace("_", " ")
     which: Any = axes.xaxis if name == "x" else axes.yaxis
     if axis.logarithmic:

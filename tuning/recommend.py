@@ -1,4 +1,4 @@
-"""Which setting a sweep recommends, and what is left of it on seeds and attacks that the search has not seen."""
+"""Which setting a sweep recommends, and how it does on seeds and attacks that the search has not seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuning.space import Setting
 
 
 class Confirmation(Settings):
-    """A setting measured on the fresh seeds: the attacks of the search first, then those it did not see."""
+    """A setting measured on the fresh seeds, with the attacks of the search first, then those of the holdout."""
 
     setting: Mapping[str, Any]
     found: tuple[Measured, ...] = ()
@@ -23,7 +23,7 @@ class Confirmation(Settings):
 
 
 class Figures(Settings):
-    """What a setting came to: means over seeds, rates as fractions, with the lower confidence bound of the value."""
+    """The figures of a setting: means over seeds, rates as fractions, and the lower confidence bound of the value."""
 
     seeds: int
     drop: float
@@ -36,7 +36,7 @@ class Figures(Settings):
 
     @classmethod
     def of(cls, objective: Objective, found: Sequence[Measured], attacks: slice) -> Figures | None:
-        """The figures of some of the attacks; None if there are none of them."""
+        """The figures for a slice of the attacks; None if it is empty."""
         found = [one.model_copy(update={"stolen": one.stolen[attacks]}) for one in found]
         if not found or not all(one.stolen for one in found):
             return None
@@ -55,8 +55,11 @@ class Figures(Settings):
 
 
 class Candidate(Settings):
-    """The winner, or the default setting: as the search saw it (not at all, if it was stopped early), on fresh seeds
-    with the search's attacks, and on fresh seeds with the attacks that it did not see."""
+    """The winner or the default setting, with its figures in three places.
+
+    ``searched`` are those of the search (None if it was stopped early), ``fresh`` those on fresh seeds with the
+    search's attacks, ``unseen`` those on fresh seeds with the attacks that the search did not see.
+    """
 
     setting: Mapping[str, Any]
     searched: Figures | None
@@ -66,11 +69,11 @@ class Candidate(Settings):
 
 
 class Recommendation(Settings):
-    """What a sweep ends with.
+    """The result of a sweep.
 
     Attributes:
         feasible: whether the winner's accuracy drop in the search is within the limit.
-        idle_seconds: of the search, in which no worker had anything to do: what waiting for Tune cost in all.
+        idle_seconds: time of the search in which no worker had work: the whole cost of waiting for Tune.
     """
 
     winner: Candidate
@@ -88,7 +91,7 @@ class Recommendation(Settings):
         return self.winner.setting == self.default.setting
 
     def verdict(self) -> str:
-        """One sentence: whether the winner beats the default setting where neither was chosen."""
+        """One sentence: whether the winner beats the default setting on the fresh seeds."""
         if self.same:
             return "The search found nothing better than the default setting."
         mine, other = self.winner.fresh, self.default.fresh
@@ -104,7 +107,8 @@ class Recommendation(Settings):
 
 
 def ranked(config: SweepConfig, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that ran to their end, those within the allowed drop first, then by the lower bound of their value."""
+    """The trials that ran to their end, best first: those within the allowed drop before the others, each by the lower
+    bound of its value."""
 
     def key(one: TrialRecord) -> tuple[bool, float, int]:
         assert one.drop is not None
@@ -119,7 +123,7 @@ def recommend(
     records: Sequence[TrialRecord],
     confirm: Callable[[Mapping[str, Setting]], Mapping[str, Confirmation]],
 ) -> Recommendation:
-    """Chooses the winner and has it and the default setting confirmed.
+    """Chooses the winner, and has the winner and the default setting confirmed.
 
     Raises:
         InputError: no trial ran to its end.

@@ -1,7 +1,8 @@
-"""``sweep/trials.parquet``: one row a trial, and its settings as columns of their own."""
+"""``sweep/trials.parquet``: one row for each trial, one column for each searched setting."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from simulator.component import Settings, describe
 from simulator.errors import InputError
-from simulator.records.parquet import replace_file
+from simulator.files import write_atomically
 from tuning.objective import Measured
 from tuning.space import Setting
 
@@ -21,21 +22,21 @@ SCHEMA_VERSION = "1"
 
 
 class TrialRecord(Settings):
-    """A trial as it ended.
+    """The record of an ended trial.
 
     Attributes:
         trial: hash of its setting.
-        number: in the order of proposal, from 0, which is the default setting.
+        number: its place in the order of proposal. Number 0 is the default setting.
         status: ``done``; ``stopped`` at the rung named by ``stage``; ``failed``.
         found: what was measured of each seed.
-        value: by what was measured; ``value_lower`` its lower confidence bound over seeds, by which they are ranked.
-        work_seconds: of training, stealing and measuring, of all its seeds together.
-        wait_seconds: of waiting for a worker, of all its seeds together.
-        busy_seconds: in which something of it was being done or waited for a worker; seeds go side by side.
-        overhead_seconds: in which it had a process, or was to get one, and nothing of it was being done or waited for a
-            worker: what Tune costs. Its parts are ``start_seconds`` (until a process has it), ``call_seconds`` (in the
-            hands of its process and of the workshop) and ``report_seconds`` (until Tune has a stage's result and has
-            begun the next, or let the trial go).
+        value: the objective's value. Trials are ranked by ``value_lower``, its lower confidence bound over the seeds.
+        work_seconds: training, stealing and measuring, summed over its seeds.
+        wait_seconds: waiting for a worker, summed over its seeds.
+        busy_seconds: time in which work of it was done or waited for a worker. Seeds run side by side.
+        overhead_seconds: what Tune costs: time in which it had a process or was to get one, but none of its work was
+            done or waited for a worker. Its parts are ``start_seconds`` (until a process has it), ``call_seconds`` (in
+            its process and in the workshop) and ``report_seconds`` (from a stage's end until Tune has the result and
+            begins the next stage or ends the trial).
     """
 
     trial: str
@@ -68,13 +69,13 @@ class TrialRecord(Settings):
         return self.status == "done"
 
 
-#: columns that are not one value each, and are written as JSON
+#: columns with several values, written as JSON
 JSON = ("setting", "seeds", "found")
 
 
 def write_trials(path: Path, records: Sequence[TrialRecord], config_yaml: str) -> None:
-    """Writes the table, atomically. A searched field is also a column ``setting.PATH``, a stolen model's WSR (mean over
-    the seeds) a column ``wsr.ATTACK``."""
+    """Writes the table, atomically. Each searched field has a column ``setting.PATH``; each attack has a column
+    ``wsr.ATTACK``, its WSR averaged over the seeds."""
     rows = []
     for record in records:
         row = record.model_dump(mode="json")
@@ -86,7 +87,9 @@ def write_trials(path: Path, records: Sequence[TrialRecord], config_yaml: str) -
     columns = {name: [row.get(name) for row in rows] for name in names}
     metadata = {"exsim.trials_version": SCHEMA_VERSION, "exsim.sweep": config_yaml}
     table = pa.table({name: _array(values) for name, values in columns.items()}).replace_schema_metadata(metadata)
-    replace_file(path, lambda file: pq.write_table(table, file))
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    write_atomically(path, file.getvalue())
 
 
 def read_trials(path: Path) -> list[TrialRecord]:
@@ -134,7 +137,7 @@ def _plain(value: Any) -> Any:
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
-    """A column; text where its values are of several kinds."""
+    """A column. It is JSON text if its values are of several types, e.g. a number and a word."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} and len(kinds) == 2:
         return pa.array([None if value is None else float(value) for value in values])

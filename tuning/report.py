@@ -21,7 +21,7 @@ from tuning.importance import importances
 from tuning.recommend import Candidate, Figures, Recommendation, ranked
 from tuning.records import TrialRecord, read_trials
 
-#: trials that the terminal's table shows
+#: how many trials the terminal's table shows
 SHOWN = 12
 
 LEGEND = (
@@ -34,7 +34,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Found:
-    """All that a report is made of. ``chosen`` is None while the sweep has not come to its end."""
+    """All data of a report. ``chosen`` is None until the sweep has ended."""
 
     info: RunInfo
     config: SweepConfig
@@ -71,7 +71,7 @@ def read(path: Path) -> Found:
 
 
 def columns(config: SweepConfig) -> list[Column[TrialRecord]]:
-    """The columns of a sweep's table: the searched fields, then what came of them."""
+    """The columns of a sweep's table: the searched fields, then the results."""
     names = {path: path.rpartition(".")[2] for path in config.space}
     doubled = {name for name in names.values() if list(names.values()).count(name) > 1}
 
@@ -96,7 +96,8 @@ def columns(config: SweepConfig) -> list[Column[TrialRecord]]:
 
 
 def in_order(config: SweepConfig, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Those that ran to their end, best first; those that were stopped, the furthest first; those that failed."""
+    """The trials in the table's order: those that ran to their end, best first; the stopped ones, furthest first; the
+    failed ones."""
     stages = ["none", *config.stages()]
     rest = [one for one in records if not one.done]
     rest.sort(key=lambda one: (one.status == "failed", -stages.index(one.stage), -(one.value or -1e9), one.number))
@@ -173,7 +174,8 @@ def print_sweep(path: Path, console: Console) -> None:
 
 
 def confirmation(chosen: Recommendation) -> list[tuple[str, ...]]:
-    """Winner and default setting as the search saw them and as they are where nothing was chosen: rows of text."""
+    """Rows of text for the winner and the default setting: their figures in the search, and on fresh seeds and
+    attacks."""
     rows = []
     both = [("winner", chosen.winner), ("default", chosen.default)]
     for name, candidate in both[:1] if chosen.same else both:
@@ -204,7 +206,7 @@ def _figures(name: str, where: str, figures: Figures | None, candidate: Candidat
 
 
 def notes(found: Found) -> list[str]:
-    """What a reader must know before believing the recommendation."""
+    """Sentences that a reader must know before believing the recommendation."""
     chosen, objective = found.chosen, found.config.objective
     said: list[str] = []
     if chosen is None:

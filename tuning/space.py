@@ -1,4 +1,4 @@
-"""What is searched: dotted paths of a run configuration, each with one of Tune's domains, and how they are enumerated.
+"""The search space: dotted paths of a run configuration, each with one of Tune's domains, and their enumeration.
 
 space:
   watermarks.0.margin: {loguniform: [0.5, 10]}
@@ -28,7 +28,7 @@ from simulator.seeding import seed_of
 #: values of searched fields by dotted path, of JSON's types
 Setting = dict[str, Any]
 
-#: Tune's domains of numbers: the arguments each takes
+#: Tune's numeric domains, with the arguments of each
 NUMERIC = {
     "uniform": ("lower", "upper"),
     "quniform": ("lower", "upper", "q"),
@@ -44,7 +44,7 @@ NUMERIC = {
 LISTS = ("choice", "grid")
 #: significant digits of a sampled number: settings that differ by less are one setting
 DIGITS = 4
-#: what all trials share, and so cannot differ between them
+#: settings that all trials share, so they cannot be searched
 SHARED = (
     *("name", "seeds", "dataset", "device", "resources", "verification", "controls", "accuracy_tolerance"),
     "accuracy_loss",
@@ -94,7 +94,7 @@ class Axis(Settings):
 
     @property
     def tune(self) -> Domain:
-        """The axis as Tune's own domain; a grid as a choice."""
+        """The axis as Tune's own domain. A grid becomes a choice."""
         if self.domain in LISTS:
             listed: Domain = tune.choice(list(self.arguments))
             return listed
@@ -112,7 +112,7 @@ class Axis(Settings):
         return self.domain in NUMERIC or all(_is_number(value) for value in self.arguments)
 
     def examples(self) -> list[Any]:
-        """Values that show whether a field takes the domain: the ends of a range, every entry of a list."""
+        """Values for a test whether the field takes the domain: the ends of a range, or every entry of a list."""
         if self.domain in LISTS:
             return list(self.arguments)
         if "randn" in self.domain:
@@ -138,14 +138,14 @@ def _is_number(value: object) -> bool:
 
 
 def rounded(value: Any) -> Any:
-    """A number as plain Python, a fraction to a few digits; anything else as it is."""
+    """A number as plain Python, with fractions cut to :data:`DIGITS` digits. Any other value stays as it is."""
     if isinstance(value, np.generic):
         value = value.item()
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def setting_id(setting: Setting) -> str:
-    """A trial's id: a hash of its setting, so the same setting is the same trial, in a resumed sweep, too."""
+    """A trial's id: a hash of its setting. So the same setting is the same trial, also in a resumed sweep."""
     return short_hash(setting)
 
 
@@ -178,15 +178,15 @@ def value_at(base: RunConfig, path: str) -> Any:
 
 
 def default_setting(base: RunConfig, space: Mapping[str, Axis]) -> Setting:
-    """What the base configuration has in the searched fields."""
+    """The base configuration's values of the searched fields."""
     return {path: value_at(base, path) for path in sorted(space)}
 
 
 def check_space(base: RunConfig, space: Mapping[str, Axis]) -> Iterator[RunConfig]:
-    """Tries every axis on the base configuration; gives the configurations, so that they can be tried on the data.
+    """Tries every axis on the base configuration; yields the configurations, so that they can be checked on the data.
 
     Raises:
-        InputError: naming the path, the value, and what is allowed.
+        InputError: an axis does not fit. The message names the path, the value, and what is allowed.
     """
     if not space:
         raise InputError("space: nothing is searched; give at least one dotted path with a domain")
@@ -220,10 +220,10 @@ def grid(base: RunConfig, space: Mapping[str, Axis]) -> list[Setting]:
 
 
 def random(base: RunConfig, space: Mapping[str, Axis], trials: int, seed: int) -> list[Setting]:
-    """The default setting, then random ones; an axis with a grid takes its values in turns.
+    """The default setting, then random ones. An axis with a grid takes its values in turn.
 
-    The i-th setting depends on the seed and on i alone. A setting that was drawn before is drawn again, and if none new
-    comes up in a hundred draws, there are fewer than ``trials``.
+    The i-th setting depends on the seed and on i alone. A repeated setting is drawn again. If a hundred draws give no
+    new one, the result has fewer than ``trials``.
     """
     paths = sorted(space)
     combinations = list(itertools.product(*(space[path].arguments for path in paths if space[path].domain == "grid")))

@@ -39,14 +39,14 @@ from tuning.trial import Trial
 from tuning.tuner import Course, Feeder, Rungs, Watch
 from tuning.workshop import WorkshopActor, idle
 
-#: seconds between two looks at what is under way
+#: seconds between two refreshes of the display
 REFRESH = 0.5
 #: how often a trial whose process died starts again
 ATTEMPTS = 3
 
 
 def prepare_sweep(config: SweepConfig, data_dir: Path | None = None) -> tuple[World, Listed | Learned]:
-    """The images of a sweep and its proposals, with everything checked that can be checked before anything runs.
+    """Loads the images of a sweep and makes its proposals. All that can be checked before anything runs is checked.
 
     Raises:
         InputError: the space, a data set, a pool or an architecture does not fit.
@@ -72,8 +72,8 @@ def _foreign(config: Any) -> set[str]:
 
 
 def create(config: SweepConfig, out: Path | None) -> RunDirectory:
-    """A sweep's new directory. ``config.yaml`` is the run configuration of a trial of the default setting,
-    ``sweep/config.yaml`` the sweep's own.
+    """Makes a sweep's directory. ``config.yaml`` holds the run configuration of the default setting's trial,
+    ``sweep/config.yaml`` that of the sweep.
 
     Raises:
         InputError: it exists and is not empty, or cannot be written.
@@ -102,7 +102,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 class Sweep:
-    """One sweep on the connected cluster. :meth:`run` does all that is not done yet."""
+    """One sweep on the connected cluster. :meth:`run` does all work that is not done yet."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Sweep:
         self._asked: Any = None
 
     def run(self) -> Recommendation:
-        """Searches and confirms; writes the table of trials, ``best.yaml`` and the recommendation.
+        """Searches, confirms, and writes the table of trials, ``best.yaml`` and the recommendation.
 
         Raises:
             InputError: no trial ran to its end.
@@ -151,7 +151,7 @@ class Sweep:
         return chosen
 
     def _best(self, setting: Mapping[str, Any]) -> str:
-        """The run configuration of the winner with the attacks and seeds that confirmed it, for ``exsim run``."""
+        """The winner's run configuration for ``exsim run``, with the attacks and seeds that confirmed it."""
         best = _plain(applied(self._config.run_config("holdout"), dict(setting)))
         best |= {"name": f"{self._config.base.name}-best", "controls": self._config.base.controls}
         return f"# the setting that {self._config.name} recommends\n" + check_config(best).to_yaml()
@@ -184,10 +184,10 @@ class Sweep:
             tuner.fit()
 
     def _storage(self) -> tuple[str, str]:
-        """Where Tune writes, and under which name: a new one at each start, unless the place is the sweep's own."""
+        """Where Tune writes, and under which name. A foreign place gets a new name at each start."""
         if self._config.storage_path is not None:
             return self._config.storage_path, f"{self._directory.path.name}-{secrets.token_hex(3)}"
-        shutil.rmtree(self._directory.path / "sweep" / "tune", ignore_errors=True)  # all of it is written again
+        shutil.rmtree(self._directory.path / "sweep" / "tune", ignore_errors=True)  # Tune writes all of it again
         return str(self._directory.path / "sweep"), "tune"
 
     def _ended(self, number: int) -> None:
@@ -195,7 +195,7 @@ class Sweep:
         setting = course.settings[number]
         status = "failed" if number in course.failed else "stopped" if number in course.stopped else "done"
         report = course.reports.get(number, {})
-        if status == "failed" and not report.get("error"):  # Tune gave it up; a trial that fails by itself says why
+        if status == "failed" and not report.get("error"):  # Tune gave it up without an error of its own
             report = {**report, "error": f"its process died or failed {ATTEMPTS + 1} times: error.txt in sweep/tune"}
         data = record(number, setting_id(setting), setting, report, status)
         costs = course.costs[number]
@@ -219,7 +219,8 @@ class Sweep:
         self._look()
 
     def _look(self) -> None:
-        """Draws. What is drawn is asked for at one look and taken at a later one: Tune's loop waits for nobody here."""
+        """Refreshes the display. It asks the workshop at one call and takes the answer at a later one, so that Tune's
+        loop never waits."""
         if self._asked is None:
             self._asked = self._workshop.glance.remote()
         if not ray.wait([self._asked], timeout=0)[0]:
@@ -227,7 +228,7 @@ class Sweep:
         asked, self._asked = self._asked, None
         try:
             tasks, rows = ray.get(asked)
-        except RayTaskError:  # the board or the ledger is being started again; what was drawn last stays
+        except RayTaskError:  # the board or the ledger restarts; the last picture stays
             return
         except RayActorError as error:
             again = f"exsim sweep --resume {self._directory.path}"
@@ -255,8 +256,8 @@ class Sweep:
 
 
 def _a_place_here() -> dict[str, float]:
-    """What a trial's process asks for: no CPU, for it computes nothing, but Tune wants it to ask for something. Every
-    node has one of the resource of its own name."""
+    """The resources of a trial's process. It computes nothing and needs no CPU, but Tune demands that it asks for
+    something. So it asks for a little of the resource that every node has under its own name."""
     here_ = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     (node,) = (node for node in nodes if node["NodeID"] == here_)
@@ -265,8 +266,8 @@ def _a_place_here() -> dict[str, float]:
 
 @contextmanager
 def _quiet_tune() -> Any:
-    """Tune without its tables on the terminal, its own choice of loggers, and its handler of Ctrl-C, which would take
-    the sweep for done."""
+    """Keeps Tune from printing tables, from choosing loggers, and from handling Ctrl-C, after which it would call the
+    sweep done."""
     wanted = {
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -283,5 +284,5 @@ def _quiet_tune() -> Any:
 
 
 def shown(setting: Setting) -> str:
-    """A setting in one line, fields by the last part of their path."""
+    """A setting in one line, e.g. ``margin 2, epochs 10``: fields are named by the last part of their path."""
     return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in setting.items())

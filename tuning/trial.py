@@ -1,9 +1,9 @@
 """A trial as Tune sees it: a light process that asks the workshop for one stage after the other and reports.
 
-It imports no torch and computes nothing but means: what trains, steals and measures are the shared actors, which stay
-warm from trial to trial. It keeps nothing, either: which stage is next is in its configuration, so a trial that has
-waited at a rung goes on in any process without a checkpoint, and one whose process died gets what was done already from
-the workshop at once.
+The process imports no torch and computes only means. The shared actors train, steal and measure, and stay warm from
+trial to trial. The process keeps no state either, because the trial's configuration names the next stage. So a trial
+that has waited at a rung goes on in any process without a checkpoint. After the death of its process it gets its
+finished stages from the workshop at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ray import tune
 
 from tuning.objective import Measured, Objective, metrics
 
-#: in a trial's configuration: how many stages were done before its process took it
+#: key in a trial's configuration: how many stages were done before its process took it
 NEXT = "next"
 
 
 class Trial(tune.Trainable):
-    """One setting; a call of :meth:`step` is one stage of it."""
+    """One setting. Each call of :meth:`step` does one stage of it."""
 
     def setup(
         self,
@@ -38,8 +38,8 @@ class Trial(tune.Trainable):
         self.reset_config(config)
 
     def step(self) -> dict[str, Any]:
-        """Has the next stage computed and reports what is known of the trial by then; a victim or a theft that failed
-        ends the trial, with its ``error`` and the worst value."""
+        """Has the next stage computed, and reports all that is known of the trial by then. A failed victim or theft
+        ends the trial with its ``error`` and the worst value."""
         began, stage = time.time(), self._stages[self._next]
         reply = ray.get(self._workshop.stage.remote(self._setting, stage))
         self._next += 1
@@ -63,6 +63,6 @@ class Trial(tune.Trainable):
         }
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Becomes another trial, so that a process serves many."""
+        """Becomes another trial, so that one process serves many trials."""
         self._setting, self._next = new_config["setting"], new_config[NEXT]
         return True

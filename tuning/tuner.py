@@ -1,7 +1,7 @@
-"""Tune's hooks: the searcher that hands it settings, the scheduler that halves, and what shows progress.
+"""Tune's hooks: the searcher that hands it settings, the scheduler that halves, and the callback for the display.
 
-Tune runs the trials, keeps their processes, restarts what died and writes the logs. Which settings there are and which
-of them go on is decided by :mod:`tuning.proposals` and :mod:`tuning.halving`, whose answers depend on results alone.
+Tune runs the trials, keeps and restarts their processes, and writes the logs. :mod:`tuning.proposals` decides which
+settings are tried, :mod:`tuning.halving` which of them go on. Their answers depend on results alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ log = logging.getLogger("ray.tune.exsim")
 
 @dataclass
 class Costs:
-    """Where a trial's seconds went while it had, or waited for, a process. All but the first three are Tune's.
+    """Where a trial's seconds went while it had, or waited for, a process. The last three are Tune's costs.
 
     Attributes:
-        work: of its pieces of work in a worker's hands, all seeds together.
-        wait: of its pieces of work waiting for a worker, all seeds together.
-        busy: in which at least one of its pieces was worked at or waited for a worker.
-        start: from when it might start, or go on, until a process had it.
-        call: in the hands of its process and of the workshop, without the busy ones.
-        report: from the end of a stage until Tune had its result, and had begun the next stage or let it go.
+        work: its work in a worker's hands, summed over the seeds.
+        wait: its work waiting for a worker, summed over the seeds.
+        busy: time in which any of its work was done or waited for a worker.
+        start: from its permission to start or go on until a process had it.
+        call: in its process and in the workshop, without the busy seconds.
+        report: from a stage's end until Tune had its result and began the next stage or ended the trial.
     """
 
     work: float = 0.0
@@ -46,21 +46,21 @@ class Costs:
 
     @property
     def overhead(self) -> float:
-        """What is neither work nor waiting for a worker."""
+        """The seconds in which it neither worked nor waited for a worker."""
         return self.start + self.call + self.report
 
 
 class Course:
-    """What the hooks share: which trials are under way, and what each has reported.
+    """State that the hooks share: which trials are under way, and what each has reported.
 
     Attributes:
-        active: numbers of the trials that are under way; the others wait at a rung or have ended.
+        active: numbers of the trials under way. The others wait at a rung or have ended.
         held: trials that wait at a rung and still hold a process (see :class:`Rungs`).
         costs: where the seconds of every trial went.
         reports: the last report of every trial.
         stopped: trials that a rung has ended.
         failed: trials that ended with an error.
-        lost: those of them that Tune gave up, and that their bracket has not been told of yet.
+        lost: trials that Tune gave up, and of which the halving has not been told yet.
     """
 
     def __init__(self, proposals: Listed | Learned, halving: Halving, concurrent: int) -> None:
@@ -83,14 +83,14 @@ class Course:
         return len(self.active) + len(self.held) < self.concurrent
 
     def enter(self, number: int) -> None:
-        """A trial is to get a process."""
+        """Notes that a trial is to get a process."""
         self.active.add(number)
         self.costs.setdefault(number, Costs())
         self._since[number] = time.time()
         self._under_way.discard(number)
 
     def tell(self, number: int, report: dict[str, Any]) -> None:
-        """A trial has reported a stage. Its process is on this machine, and has the same clock."""
+        """Takes a trial's report of a stage. Its times compare with ours, because its process runs on this machine."""
         self.reports[number], costs = report, self.costs[number]
         before = max(0.0, report["began"] - self._since[number])
         if number in self._under_way:
@@ -105,7 +105,7 @@ class Course:
         self._since[number] = report["ended"]
 
     def leave(self, number: int) -> None:
-        """A trial is no longer under way: it has ended, or waits at a rung."""
+        """Notes that a trial is no longer under way: it has ended, or waits at a rung."""
         self.held.discard(number)
         if number in self.active:
             self.active.remove(number)
@@ -121,7 +121,8 @@ class Feeder(Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next setting with its number and id, None if none can start now, FINISHED after the last has ended."""
+        """The next setting with its number and id, None if no trial can start now, FINISHED after the last has
+        ended."""
         course, number = self._course, len(self._course.settings)
         if len(course.ended) == course.proposals.total:
             return Searcher.FINISHED
@@ -134,7 +135,7 @@ class Feeder(Searcher):
         return {"number": number, "trial": setting_id(setting), "setting": setting, NEXT: 0}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Tells the proposals what became of a trial, whether it ran to its end, was stopped or failed."""
+        """Tells the proposals the result of a trial that ran to its end, was stopped or failed."""
         course, number = self._course, self._numbers[trial_id]
         course.leave(number)
         course.ended.add(number)
@@ -144,18 +145,18 @@ class Feeder(Searcher):
         course.proposals.learn(number, None if number in course.failed else course.reports[number])
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a sweep that is started again proposes the same settings again."""
+        """Does nothing, because a restarted sweep proposes the same settings again."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class Rungs(TrialScheduler):
-    """Pauses a trial at a rung until its bracket is there, and lets the best go on.
+    """Pauses a trial at a rung until its bracket has arrived, then lets the best go on.
 
-    A process that is given back goes to any trial that Tune has a process started for, and the one that starts is
-    killed: where starting takes longer than a stage, sweeps kept starting processes. So a trial that waits keeps its
-    process as long as one is starting.
+    A waiting trial keeps its process while Tune is starting one. If it gave its process back, Tune would use that for
+    the trial with the new process and kill the new one. Sweeps whose stages are shorter than a start would then start
+    processes all the time.
     """
 
     _supports_buffered_results = False
@@ -164,16 +165,16 @@ class Rungs(TrialScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self._course = course
         self._trials: dict[int, Any] = {}
-        self._waiting: list[int] = []  # may go on, when there is room
+        self._waiting: list[int] = []  # may go on once there is room
         self._doomed: set[int] = set()
         self._cache_is_wide = False
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """There are none to set."""
+        """There are no properties to set."""
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Notes the trial."""
+        """Takes note of the trial."""
         self._trials[trial.config["number"]] = trial
         if not self._cache_is_wide:
             self._cache_is_wide = True
@@ -182,7 +183,7 @@ class Rungs(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides on the trial, and on those that have waited for it."""
         number, course = trial.config["number"], self._course
-        if number in course.held:  # its process died while it waited, and the new one has begun what may not go on
+        if number in course.held:  # its process died while it waited, and the new one ran a stage too early
             return self.NOOP
         course.tell(number, dict(result))
         decision = course.halving.arrive(number, result["stage"], result["value"])
@@ -200,7 +201,7 @@ class Rungs(TrialScheduler):
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """A trial has run to its end, or was stopped."""
         number = trial.config["number"]
-        if number not in self._course.stopped:  # else it is what was told before the rung's decision
+        if number not in self._course.stopped:  # a stopped trial's result was told before the rung decided
             self._course.tell(number, dict(result))
         self._course.leave(number)
         if result.get("error"):
@@ -208,20 +209,20 @@ class Rungs(TrialScheduler):
         self._take(self._course.halving.end(number), number)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A trial's process has died. Tune may start it again, and does not say so here: those who wait for the trial
-        go on waiting until the searcher is told that it is given up."""
+        """Does nothing when a trial's process dies, because Tune may start it again without a word. Trials that wait
+        for it go on waiting until Tune tells the searcher that it gives the trial up."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """A trial that waited was stopped."""
+        """Does nothing when a waiting trial is stopped."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stops those who wait in vain, and names the next of those who may go on."""
+        """Stops the waiting trials that were decided against, and returns the next one that may go on."""
         while self._course.lost:
             self._take(self._course.halving.end(self._course.lost.pop()), None)
         if not any(trial.status == "PENDING" for trial in self._trials.values()):
             for number in sorted(self._course.held):
-                # No checkpoint: the next stage is all that a trial knows, and a save would keep the process while room
-                # has been made for another trial, which would start one of its own.
+                # No checkpoint is needed: a trial knows its next stage alone. A save would keep the process busy when
+                # another trial already has room, and that trial would start a process of its own.
                 tune_controller.pause_trial(self._trials[number], should_checkpoint=False)
                 self._course.held.discard(number)
         for number in sorted(self._doomed):
@@ -247,8 +248,8 @@ class Rungs(TrialScheduler):
 
 
 def _keep_processes(tune_controller: Any, trial: Any, count: int) -> None:
-    """Has Tune keep as many idle processes as trials run at once; it would keep one, and start the others anew, which
-    costs a second or two each. It has no public setting for it, and without this a sweep is only slower."""
+    """Makes Tune keep as many idle processes as trials run at once. By default it keeps one and starts the others anew,
+    a second or two each. Tune has no public setting for it. If this fails, a sweep is only slower."""
     try:
         tune_controller._actor_cache.increase_max(trial.placement_group_factory, by=count)
     except (AttributeError, TypeError) as error:
@@ -256,17 +257,17 @@ def _keep_processes(tune_controller: Any, trial: Any, count: int) -> None:
 
 
 class Watch(tune.Callback):
-    """Calls back from Tune's loop: at every turn, and when a trial has ended."""
+    """Tune's callback: calls ``turn`` at every turn of Tune's loop, and ``ended`` when a trial has ended."""
 
     def __init__(self, turn: Callable[[], None], ended: Callable[[int], None]) -> None:
         self._turn, self._ended = turn, ended
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes its arguments down for a restart of its own, which a sweep never uses."""
+        """Saves nothing. Tune saves its callbacks for its own restart, which a sweep never uses."""
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """A turn of Tune's loop."""
+        """Called at each turn of Tune's loop."""
         self._turn()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -274,5 +275,5 @@ class Watch(tune.Callback):
         self._ended(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has failed."""
+        """Called when a trial has failed."""
         self._ended(trial.config["number"])

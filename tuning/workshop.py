@@ -1,8 +1,8 @@
-"""The workshop: the one actor that has the work of all trials done, by the scheduler that a run has, too.
+"""The workshop: the one actor that does the work of all trials. It uses the same scheduler as a run.
 
-Every piece of work is named by the id of what it makes (a half-trained victim, a victim, a stolen model), is done once,
-and lies in the sweep's directory afterwards. A trial that asks again, in this start of the sweep or in a later one, is
-answered from there. That is all there is to resuming.
+A piece of work is named by the id of the model that it makes: a half-trained victim, a victim, a stolen model. It is
+done once, and its result lies in the sweep's directory. A trial that asks again, in this or a later start of the sweep,
+gets that result. So a resumed sweep needs no other memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tuning.objective import Measured
 from tuning.objective import Stolen as StolenFound
 from tuning.space import Setting, applied, setting_id
 
-#: from when to when a piece of work waited for a worker or was in its hands, ``time.monotonic()`` of this process
+#: begin and end of a piece of work, its wait for a worker included, by ``time.monotonic()`` of this process
 Span = tuple[float, float]
 #: a row's role, its model's id, and the parameters of the watermark whose key it was measured with
 Place = tuple[str, str, str]
@@ -58,7 +58,7 @@ class Workshop:
 
     def __init__(self, path: str, config: SweepConfig, crew: Crew) -> None:
         self._directory, self._config, self._crew = RunDirectory(Path(path)), config, crew
-        # what was measured of victims, half-trained or whole; the rows keep one benign WSR for all key filters
+        # measurements of victims, half-trained or whole: the rows hold only one benign WSR for all key filters
         self._victims = Folder(Path(path) / "sweep" / "victims", ".json")
         self._rows: dict[Place, Row] = {}
         self._new_rows: list[Row] = []
@@ -68,42 +68,45 @@ class Workshop:
         self._keys: dict[str, tuple[Marked, ...]] = {}
 
     async def open(self) -> None:
-        """Starts the workers, and returns when each has answered, so that no trial waits for that."""
+        """Starts the workers. Returns when each has answered, so that no trial waits for a start."""
         self._bench = CrewBench(self._crew, self._directory, self._config.base)
         self._bench.open(self._crew.service)
-        self._scheduler = Scheduler(self._bench, self._directory, lambda subject: self._keys[subject.id], self._note)
+        self._scheduler = Scheduler(
+            self._bench, self._directory, lambda subject: self._keys[subject.id], self._note, retry=True
+        )
         await asyncio.gather(self._bench.trainers.ready(), self._bench.attackers.ready())
 
     async def stage(self, setting: Setting, stage: str) -> dict[str, Any]:
-        """Does a stage of a trial for all of its seeds, and all stages before it that are not done.
+        """Does a stage of a trial for all its seeds, and before it all earlier stages that are not done.
 
         Returns:
             ``found``: a :class:`Measured` for each seed, as JSON; ``error``: why it failed, or None; ``work``: seconds
-            of training, stealing and measuring; ``wait``: seconds of waiting for a worker, both of all seeds together;
-            ``busy``: seconds in which something of it was being done or waited for a worker.
+            of training, stealing and measuring; ``wait``: seconds of waiting for a worker (both summed over the seeds);
+            ``busy``: seconds in which at least one seed had work done or waited for a worker.
         """
         return await self._measure(*self._planned(setting, "search"), self._config.stages(), stage)
 
     async def confirm(self, setting: Setting) -> dict[str, Any]:
-        """As :meth:`stage`, all of it: on the seeds and with the attacks that the search does not see, too."""
+        """Does all stages of a setting on the holdout's seeds, with the attacks of the search and the holdout's own.
+        Returns as :meth:`stage`."""
         config, plan = self._planned(setting, "holdout")
         thefts = sum(len(entry.expand()) for entry in config.scenarios)
         stages = ["victim", *(f"attack {at + 1}" for at in range(thefts))]
         return await self._measure(config, plan, stages, stages[-1], at_once=True)
 
     async def glance(self) -> tuple[dict[str, Task], list[Row]]:
-        """What is under way, and the rows written since the last look."""
+        """The tasks under way, and the rows written since the last call."""
         tasks = await self._bench.glance()
         rows, self._new_rows = self._new_rows, []
         return tasks, rows
 
     async def spans(self) -> list[Span]:
-        """When a worker had something to do, or something waited for one."""
+        """The spans in which work was done or waited for a worker."""
         return [(begun, done) for times in self._bench.times.values() for begun, _, done in times]
 
     def _planned(self, setting: Setting, part: Literal["search", "holdout"]) -> tuple[RunConfig, Plan]:
-        """A setting's run configuration and plan. A trial asks once for each stage, and checking and planning take a
-        good part of what Tune costs."""
+        """A setting's run configuration and plan. They are kept, because a trial asks at each stage, and checking and
+        planning are a good part of Tune's cost."""
         name = f"{part} {setting_id(setting)}"
         if name not in self._plans:
             if part not in self._bases:
@@ -131,7 +134,7 @@ class Workshop:
         for one in broken:
             if not isinstance(one, WorkFailed):
                 raise one
-        # what another trial began before this one asked counts from then on
+        # work that another trial began earlier counts from the moment this one asked
         times = [
             (max(begun, asked), max(taken, asked), done)
             for work in works
@@ -149,7 +152,7 @@ class Workshop:
     async def _seed(
         self, victim: Marked, scenarios: list[Stolen], steps: list[str], works: set[str], at_once: bool
     ) -> Measured:
-        """The steps of one seed. ``works`` collects the names of the work that they need."""
+        """Does the steps of one seed. ``works`` collects the names of the work that they need."""
         works.add(victim.benign.id)
         if "victim" not in steps and steps[-1] in victim.watermark.phases():
             return await self._half(victim, steps[-1], works)
@@ -176,7 +179,7 @@ class Workshop:
     # -- pieces of work ----------------------------------------------------------------------------------------------
 
     async def _half(self, victim: Marked, phase: str, works: set[str]) -> Measured:
-        """A half-trained victim."""
+        """Measures a half-trained victim."""
         name = f"{victim.id}.{phase.replace(' ', '-')}"
         works.add(f"{victim.id}.{phase}")
 
@@ -203,7 +206,7 @@ class Workshop:
         return await self._scheduler.once(f"accuracy {spec.id}", work)
 
     async def _whole(self, victim: Marked) -> dict[str, Any]:
-        """What was measured of a victim."""
+        """Measures a victim, or reads what was measured."""
         data = self._victims.read(victim.id)
         if data is None:
             unmarked, marked = await self._rows_of(victim, 2)
@@ -215,7 +218,7 @@ class Workshop:
         return whole
 
     async def _theft(self, scenario: Stolen) -> Row:
-        """A stolen model's row."""
+        """The row of a stolen model, measured if need be."""
         (of,) = self._keys[scenario.id]
         place: Place = ("stolen", scenario.id, of.watermark.params_json())
         if place not in self._rows:
@@ -248,7 +251,7 @@ def _known(value: float | None) -> float:
 
 
 def _attack(scenario: Stolen) -> str:
-    """What tells an attack of a sweep from the others."""
+    """An attack's name in a sweep: its method, answers, pool, own architecture and budget."""
     last = scenario.stages[-1]
     parts = ["+".join(stage.attack.name for stage in scenario.stages), scenario.stages[0].labels, last.pool_label]
     parts += [last.architecture] if last.architecture and last.architecture != scenario.victim.architecture else []

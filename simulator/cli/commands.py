@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +15,11 @@ import click
 
 from simulator import __version__
 from simulator.cli import terminal
-from simulator.errors import InputError, RunFailed, one_line
+from simulator.cli.serving import serve
+from simulator.errors import InputError, RunFailed, one_line, plain
 
 if TYPE_CHECKING:
     from simulator.plan.config import RunConfig
-
-
-class _Place(click.Path):
-    """A path, or text that may be one or a URI. An empty one, as an unset shell variable leaves it, is no default."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and not value.strip():
-            self.fail("it is empty; leave the option out, or name a place", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
@@ -34,7 +29,7 @@ def _finite(_context: click.Context, _option: click.Parameter, value: float) -> 
     return value
 
 
-_path = _Place(path_type=Path)
+_path = terminal.Typed(path_type=Path)
 _config = click.argument("config", default="digits")
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, by its dotted path."
@@ -53,9 +48,13 @@ def exsim() -> None:
 @_set
 @_data
 @click.option(
-    "--out", type=_Place(), help="Run directory, or a URI such as s3://BUCKET/RUN (default: runs/<time>_<name>)."
+    "--out",
+    type=terminal.Typed(),
+    help="Run directory, or a URI: s3://BUCKET/RUN (default: runs/<time>_<name>).",
 )
-@click.option("--resume", type=_Place(), metavar="DIR", help="Finish an earlier run, in a directory or at a URI.")
+@click.option(
+    "--resume", type=terminal.Typed(), metavar="DIR", help="Finish an earlier run, in a directory or at a URI"
+)
 @click.option("--local", is_flag=True, help="One process, no Ray.")
 @click.option("--address", help="Ray cluster to run on (default: RAY_ADDRESS, else a local one).")
 @click.option(
@@ -139,6 +138,18 @@ def plan(config: str, overrides: tuple[str, ...], data: Path | None, address: st
 @click.argument("run_dir", type=_path)
 def report(run_dir: Path) -> int:
     """Print the table of a run or a sweep and write its plots and page."""
+    try:
+        return _report(run_dir)
+    except InputError:
+        raise
+    except Exception as error:  # a directory from elsewhere may hold anything
+        raise InputError(f"{run_dir}: it cannot be reported: {one_line(error)[:300]}") from error
+
+
+def _report(run_dir: Path) -> int:
+    from simulator.files import demand_plain
+
+    demand_plain(run_dir)
     if (run_dir / "sweep" / "config.yaml").is_file():
         from tuning.report import print_sweep, write_sweep_report
 
@@ -147,14 +158,35 @@ def report(run_dir: Path) -> int:
         terminal.console().print(f"report: {terminal.shown(page)}", soft_wrap=True)
         return 0
     from simulator.records.rows import read_rows
+    from simulator.report.account import audit_run
     from simulator.report.table import render_table, write_report
 
     console = terminal.console()
-    rows = read_rows(run_dir)
-    page = write_report(run_dir)
+    rows, account = read_rows(run_dir), audit_run(run_dir)
+    page = write_report(run_dir, account)
     console.print(render_table(rows, width=console.width))
+    console.print(account.line(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {terminal.shown(page)}", soft_wrap=True)
-    return 0 if all(row.status == "ok" for row in rows) else 1
+    return 0 if account.agrees and all(row.status == "ok" for row in rows) else 1
+
+
+@exsim.command("audit-ledger")
+@click.argument("run_dir", type=_path)
+def audit_ledger(run_dir: Path) -> int:
+    """Check the query account of a run against its rows, transfer sets and query log.
+
+    Exit status 0: all agree, 1: they do not.
+    """
+    from simulator.files import demand_plain
+    from simulator.report.account import audit_run
+    from simulator.report.page import printable
+
+    demand_plain(run_dir)
+    found = audit_run(run_dir)
+    terminal.console().print(found.line(), soft_wrap=True, highlight=False, markup=False)
+    for fault in found.faults:
+        terminal.console().print(f"  {printable(fault)}", soft_wrap=True, highlight=False, markup=False)
+    return 0 if found.agrees and not found.missing else 1
 
 
 @exsim.command()
@@ -201,33 +233,12 @@ def verify(
         raise
     except Exception as error:  # exit status 1 says "not verified", which a crash must never say
         raise InputError(f"{url or model}: it could not be judged: {one_line(error)}") from error
-    terminal.console().print(about, soft_wrap=True, highlight=False)
+    about = "\n".join(map(plain, about.splitlines()))
+    terminal.console().print(about, soft_wrap=True, highlight=False, markup=False)
     return 0 if found.verified else 1
 
 
-@exsim.command()
-@click.option("--model", required=True, type=_path, help="Model file (safetensors).")
-@click.option("--budget", required=True, type=click.IntRange(max=2**63 - 1), help="Images that each account may ask.")
-@click.option("--labels", default="soft", show_default=True, help="Answer mode: soft, hard, top-K, round-D, ...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets others in.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
-@click.option("--accounts", type=int, help="How many accounts there are (default: 1).")
-@click.option("--account", "names", multiple=True, metavar="NAME", help="An account by name; may be repeated.")
-@click.option("--dir", "directory", type=_path, help="Ledger and tokens (default: runs/serve_ID).")
-@click.option("--address", help="Ray cluster to serve on (default: a local one).")
-def serve(accounts: int | None, names: tuple[str, ...], model: Path, **offer: Any) -> int:
-    """Serve a model over HTTP, with bearer tokens and a budget for each account, until Ctrl-C. See docs/http.md."""
-    terminal.quiet_ray()
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # 5 s by default, too few on a busy machine
-    from actors.serving import account_names, served, wait_for_the_end
-
-    try:
-        with served(model, names=account_names(accounts, names), **offer) as (offered, url):
-            terminal.console().print("\n".join(offered.lines(url)), soft_wrap=True, highlight=False, markup=False)
-            wait_for_the_end()
-    except KeyboardInterrupt:
-        pass  # Ctrl-C is how a server is ended
-    return 0
+exsim.add_command(serve)
 
 
 @exsim.command("list")
@@ -252,12 +263,13 @@ _GIVEN = click.core.ParameterSource.COMMANDLINE
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
-        status = exsim.main(argv, prog_name="exsim", standalone_mode=False)
+        with _terminated_as_interrupted():
+            status = exsim.main(argv, prog_name="exsim", standalone_mode=False)
         return int(status or 0)
     except InputError as error:
         message = str(error)
     except RunFailed as error:
-        print(f"exsim: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"exsim: {plain(str(error))}", file=sys.stderr)
         return 1
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -269,8 +281,26 @@ def main(argv: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return terminal.INTERRUPTED
-    print(f"exsim: {' '.join(message.split())}", file=sys.stderr)
+    print(f"exsim: {plain(message)}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, from its start on. Ray, while it starts, has its own handler, which exits
+    with the signal's number."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def entry() -> None:

@@ -67,7 +67,7 @@ def _components(registry: Any) -> list[tuple[str, str]]:
 
 
 def _brief(field: FieldInfo) -> str:
-    """A setting's default as YAML would say it."""
+    """A setting's default, e.g. ``0.5``, ``{...}`` for nested settings, ``(required)`` if it has none."""
     if field.is_required():
         return "(required)"
     value = field.get_default(call_default_factory=True)

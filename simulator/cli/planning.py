@@ -1,4 +1,4 @@
-"""``exsim plan``: what a configuration would run, what that costs, and what of it fits a cluster at once."""
+"""``exsim plan``: what a configuration would run, what that costs, and how much of it runs at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
     """Prints the plan of a configuration; returns the exit status.
 
     Raises:
-        InputError: what a run would be refused for, or no cluster is at the address.
+        InputError: a run would be refused, or no cluster is at the address.
     """
     from simulator.experiment.preflight import look_at
     from simulator.plan.subjects import make_plan
@@ -86,8 +86,8 @@ def _table(config: RunConfig, plan: Plan) -> Table:
 def _estimate(
     config: RunConfig, plan: Plan, data: Path | None, address: str | None, foreign: Mapping[str, int]
 ) -> list[str]:
-    """What a plan costs, by :mod:`simulator.plan.estimate`, and how much of it runs at once on a cluster, or on this
-    machine."""
+    """Lines on what a plan costs (see :mod:`simulator.plan.estimate`), and on how much of it runs at once on the
+    cluster at ``address``, or on this machine."""
     from simulator.data.dataset import outline
     from simulator.plan.estimate import architectures, calibrate, estimate, span
     from simulator.training.predict import use_one_thread

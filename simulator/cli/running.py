@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run computes: in this process, or on the Ray cluster at an address (None: one of its own), for whose
-    nodes it waits so many seconds."""
+    """Where a run computes: in this process, or on the Ray cluster at ``address`` (None: a local cluster). The run
+    waits ``wait`` seconds at most for the cluster to grow."""
 
     local: bool
     address: str | None
@@ -38,7 +38,7 @@ def run_new(config: RunConfig, data: Path | None, out: Path | None, place: Place
     """Runs a configuration in a new directory; returns the exit status.
 
     Raises:
-        InputError: bad input, in one line; then there is no directory, unless something was trained or measured before.
+        InputError: bad input, in one line. The directory is removed, unless it holds a model or a row.
     """
     from simulator.experiment.rundir import RunDirectory
 
@@ -65,7 +65,7 @@ def run_again(earlier: Path, data: Path | None, place: Place) -> int:
 
 
 def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place: Place) -> int:
-    """Runs in a directory that no other process works in, then reports."""
+    """Runs in a locked directory, then reports."""
     console = terminal.console()
     try:
         if place.local:
@@ -82,12 +82,15 @@ def _run_in(directory: RunDirectory, config: RunConfig, data: Path | None, place
     if state == "interrupted":
         console.print(f"interrupted; {len(rows)} rows are kept. Go on with: exsim run --resume {shown}", soft_wrap=True)
         return terminal.INTERRUPTED
+    from simulator.report.account import audit_run
     from simulator.report.table import render_table, write_report
 
     console.print(render_table(rows, width=console.width))
-    page = write_report(directory.path)
+    account = audit_run(directory.path)
+    page = write_report(directory.path, account)
+    console.print(account.line(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"results: {shown}   report: {terminal.shown(page)}", soft_wrap=True)
-    return 0 if state == "done" else 1
+    return 0 if state == "done" and account.agrees else 1
 
 
 def _in_this_process(directory: RunDirectory, config: RunConfig, data: Path | None, console: Console) -> str:
@@ -114,7 +117,7 @@ def _on_ray(directory: RunDirectory, config: RunConfig, data: Path | None, place
     )  # imports Serve, which then sends its log lines to the terminal: `connected` ends that
 
     try:
-        # a local cluster takes seconds to start, which it mostly waits: this process meanwhile imports torch, and loads
+        # a local cluster takes seconds to start, mostly idle: meanwhile a thread imports torch and loads the data
         with ThreadPoolExecutor(1) as aside:
             prepared = aside.submit(_prepare, config, data)
             with connected(place.address, directory.path / "logs"):
@@ -126,7 +129,7 @@ def _on_ray(directory: RunDirectory, config: RunConfig, data: Path | None, place
                     layout = lay_out(config, len(plan.scenarios))
                     record.good = RayRun(config, plan, world, directory, record.display, layout).run()
     finally:
-        directory.clear_test()  # wherever it was interrupted
+        directory.clear_test()  # also after an interruption at any point
     return record.state
 
 
@@ -138,7 +141,7 @@ def _prepare(config: RunConfig, data: Path | None) -> tuple[Plan, World]:
 
 @dataclass
 class _Record:
-    """A run under way: where it shows itself, whether every row is good, and how it ended."""
+    """A run under way: its display, whether every row is good, and how it ended."""
 
     display: Display
     good: bool = False
@@ -149,11 +152,12 @@ class _Record:
 def _recorded(
     directory: RunDirectory, config: RunConfig, plan: Plan, mode: Literal["ray", "local"], console: Console
 ) -> Iterator[_Record]:
-    """Shows a run and keeps its ``run.json`` true, however the block ends."""
+    """Shows a run inside the block. Writes ``run.json`` before it, and how the run ended after it."""
     from simulator.experiment.display import Display
     from simulator.records.provenance import collect_provenance, write_run_info
 
     info = collect_provenance(sys.argv, name=config.name, mode=mode, seeds=config.seeds, config_yaml=config.to_yaml())
+    info = info.model_copy(update={"account": directory.account_head()})  # a run that is killed keeps the one before
     write_run_info(directory.path, info)
     record = _Record(Display(console, total=len(plan.victims) + len(directory.open_copies(plan))))
     try:
@@ -166,4 +170,5 @@ def _recorded(
     finally:
         warnings = [f"{row.victim}: {row.warning}" for row in directory.rows() if row.warning]
         update = {"status": record.state, "finished": datetime.now(UTC), "warnings": warnings}
+        update["account"] = directory.settled_head() or info.account
         write_run_info(directory.path, info.model_copy(update=update))

@@ -1,4 +1,4 @@
-"""``exsim sweep``: reads, checks, runs, reports; the exit statuses of ``exsim run``."""
+"""``exsim sweep``: reads, checks, runs, reports. Its exit statuses are those of ``exsim run``."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def _run_in(
     *,
     new: bool,
 ) -> int:
-    """Runs in a directory that no other process works in, then reports."""
+    """Runs in a locked directory, then reports."""
     info = collect_provenance(sys.argv, name=config.name, mode="ray", seeds=config.seeds, config_yaml=config.to_yaml())
+    info = info.model_copy(update={"account": directory.account_head()})
     write_run_info(directory.path, info)
     display = Display(console, total=proposals.total, noun="trials ended")
     state, status = "failed", 1
@@ -80,7 +81,8 @@ def _run_in(
         state = "interrupted"
     finally:
         if directory.path.exists():
-            write_run_info(directory.path, info.model_copy(update={"status": state, "finished": datetime.now(UTC)}))
+            update = {"status": state, "finished": datetime.now(UTC), "account": directory.settled_head()}
+            write_run_info(directory.path, info.model_copy(update=update))
     if state == "interrupted":
         again = f"exsim sweep --resume {terminal.shown(directory.path)}"
         console.print(f"interrupted; what was measured is kept. Go on with: {again}", soft_wrap=True)

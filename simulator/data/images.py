@@ -6,6 +6,7 @@ that is wrong raises one :class:`InputError` line. Pickles are never loaded.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,12 @@ FOLDER_SIZE = 64
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff", ".webp"}
 #: luminance of ITU-R BT.601, the conversion to grey of PIL, OpenCV and torchvision
 LUMINANCE = (0.299, 0.587, 0.114)
+#: bytes that the arrays of an npz, or the images of a folder, may take in memory: small files can stand for much
+MOST_BYTES = 2 * 2**30
+#: images that are decoded at a time
+THREADS = 8
+#: pixels of one image file: as it is and converted, those of all threads take no more than :data:`MOST_BYTES`
+MOST_PIXELS = MOST_BYTES // (8 * THREADS)
 _CHUNK = 1024
 
 
@@ -148,6 +155,7 @@ def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             if missing:
                 held = ", ".join(stored.files) or "nothing"
                 raise InputError(f"{path}: has no {missing[0]}, wanted {', '.join(names)}, found {held}")
+            _demand_small(path, stored, names)
             return {name: stored[name] for name in names}
     except InputError:
         raise
@@ -155,6 +163,20 @@ def _open_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         if "pickle" in str(error):
             raise InputError(f"{path}: holds pickled objects, only plain arrays are loaded") from None
         raise InputError(f"{path}: not a readable npz, truncated or corrupt ({reason_of(error)})") from None
+
+
+def _demand_small(path: Path, stored: np.lib.npyio.NpzFile, names: Sequence[str]) -> None:
+    """Sees that the arrays fit into :data:`MOST_BYTES`, by what the archive and the arrays' headers say: zeros are
+    stored in a thousandth of their size, and a header may promise what does not follow."""
+    total = 0
+    for name in names:
+        with stored.zip.open(f"{name}.npy") as member:  # type: ignore[union-attr]
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(member)
+        total += max(math.prod(shape) * dtype.itemsize, stored.zip.getinfo(f"{name}.npy").file_size)  # type: ignore[union-attr]
+    if total > MOST_BYTES:
+        raise InputError(f"{path}: its arrays take {total:,} bytes in memory, allowed: {MOST_BYTES:,}")
 
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray, part: str) -> Images:
@@ -249,6 +271,9 @@ def _annotated_files(annotations: Path, classes: list[str]) -> list[tuple[Path, 
 
 def _read_images(paths: list[Path], size: int) -> Tensor:
     """uint8 ``(N, C, size, size)``; decoding runs in threads because PIL releases the interpreter's lock."""
+    total = len(paths) * 3 * size * size
+    if total > MOST_BYTES:
+        raise InputError(f"{len(paths)} images of side {size} take {total:,} bytes in memory, allowed: {MOST_BYTES:,}")
     pixels = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
 
     def read(index: int) -> bool:
@@ -256,7 +281,7 @@ def _read_images(paths: list[Path], size: int) -> Tensor:
         pixels[index] = torch.from_numpy(array).permute(2, 0, 1)
         return grey
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as executor:
+    with ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1)) as executor:
         grey = all(list(executor.map(read, range(len(paths)))))
     return pixels[:, :1].contiguous() if grey else pixels
 
@@ -266,6 +291,9 @@ def _read_image(path: Path, size: int) -> tuple[np.ndarray, bool]:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{path}: has pixels of mode {image.mode!r}, 8 bits a channel are wanted")
+            width, height = image.size  # of the file's head; nothing is decoded yet
+            if width * height > MOST_PIXELS:
+                raise InputError(f"{path}: has {width} x {height} pixels; allowed: {MOST_PIXELS:,} in one image")
             resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
             return np.array(resized), image.mode in ("1", "L", "LA")
     except InputError:

@@ -1,1 +1,1 @@
-"""Making it: the computations of a run, and the run in one process."""
+"""The computations of a run, and the run in one process."""

@@ -1,7 +1,7 @@
-"""The collector: alone holds the keys and the test images; keeps every model that is made, and measures it.
+"""The collector keeps every model that is made, and measures it. It alone holds the keys and the test images.
 
-Everything that it measures lies in the run directory. So a collector that is started again, or another one on the same
-directory, measures the same.
+Everything that it measures lies in the run directory. So a restarted collector, or a second one on the same directory,
+measures the same.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Collector:
     """Keeps models in a run directory and measures them with the owner's keys and test images.
 
     Args:
-        config: of the run.
-        dataset_name: as it stands in the rows.
+        config: the run's configuration.
+        dataset_name: the data set's name in the rows.
         test: the held-out images, which nobody else has.
-        held_out: the attacker's images, for benign clients to ask where detectors are configured.
+        held_out: the attacker's images, which benign clients ask if detectors are configured.
         device: where models are measured.
         world: what suspects have for their evasions, where there are some: an attacker's view.
     """
@@ -70,7 +70,7 @@ class Collector:
     # -- keeping -----------------------------------------------------------------------------------------------------
 
     def keep(self, subject: Subject, made: TrainedOwner | Theft | Washed) -> None:
-        """Writes a model, and all that came with it, to the run directory; its checkpoint goes."""
+        """Writes a model and all that came with it to the run directory, and removes its checkpoint."""
         if isinstance(made, TrainedOwner):
             assert isinstance(subject, OwnerModel)
             self._directory.save_owner(subject, made)
@@ -90,14 +90,14 @@ class Collector:
     # -- measuring ---------------------------------------------------------------------------------------------------
 
     def measure(self, subject: Subject, keys: Sequence[Marked], charged: int = 0) -> list[Row]:
-        """Measures a model that is kept with each of the keys; gives the rows that were written.
+        """Measures a kept model with each of the keys; returns the rows that were written.
 
-        A victim brings two rows: its own, and its benign model's with the same key.
+        A victim gives two rows: its own, and its benign model's with the same key.
 
         Args:
             keys: the victims whose keys concern it (see :meth:`simulator.plan.subjects.Plan.keys_for`).
-            charged: images that the ledger says its theft was charged. Where the thief's own count differs, the rows
-                are failures, for no figure of such a run can be trusted.
+            charged: images that the ledger charged for its theft. If the thief's own count differs, the rows are
+                failures, because no figure of such a run can be trusted.
         """
         if isinstance(subject, Marked):
             return self._measure_victim(subject)
@@ -119,14 +119,14 @@ class Collector:
         return [self._write(Row(**self._copy_columns(subject, of), queries=queries, **columns)) for of in keys]
 
     def accuracy(self, spec: OwnerModel) -> float:
-        """The test accuracy of an owner's model that is kept, in [0, 1]."""
+        """The test accuracy, in [0, 1], of a kept owner's model."""
         return accuracy(self._labels_of(spec), self._test.labels)
 
     # -- the owner's models ------------------------------------------------------------------------------------------
 
     def _measure_victim(self, spec: Marked) -> list[Row]:
         benign, owner = self._owner(spec.benign), self._owner(spec)
-        self._labels.pop(spec.id, None)  # it may have been trained again
+        self._labels.pop(spec.id, None)  # the victim may have been trained again
         unmarked = self._owner_row(spec.benign, spec, benign)
         marked = self._owner_row(spec, spec, owner)
         warnings = self._warnings(marked, unmarked, self._key(spec) if spec.watermark.marks else None)
@@ -260,10 +260,10 @@ class Collector:
         write_row(self._directory.path, row, self._config_json)
         return row
 
-    # -- what the owner has to know ----------------------------------------------------------------------------------
+    # -- alarms and warnings -----------------------------------------------------------------------------------------
 
     def _false_alarms(self, spec: Marked, model: Classifier) -> dict[str, Any]:
-        """The columns about the benign clients of a victim, who are simulated on the spot."""
+        """Simulates the benign clients of a victim; returns the columns about them."""
         detectors, clients = self._config.detectors, self._config.benign_clients
         if not detectors or not clients.count:
             return {}
@@ -278,8 +278,8 @@ class Collector:
         return {"detectors": detectors_json(detectors), "false_alarms": sum(rates) / len(rates)}
 
     def _warnings(self, victim: Row, benign: Row, key: KeySamples | None) -> list[str]:
-        """A victim that lost accuracy, a key that the filter could not choose or of which it left too little, benign
-        clients that are all the same."""
+        """The warnings about a victim: lost accuracy, a key that the filter could not choose or left too small, a
+        watermark that is not verified, benign clients that are too alike."""
         found = []
         assert victim.accuracy is not None
         assert benign.accuracy is not None
@@ -302,7 +302,8 @@ class Collector:
         return [*found, *self._alike_clients()]
 
     def _alike_clients(self) -> list[str]:
-        """Sources of images of which benign clients ask more than half, so that any two share most of their queries."""
+        """Warnings for image sources of which each benign client asks more than half: then any two clients share most
+        queries."""
         clients = self._config.benign_clients
         if not self._config.detectors or not clients.count:
             return []
@@ -330,7 +331,7 @@ def _theft_columns(theft: Stolen) -> dict[str, Any]:
 
 
 def _stage_params(stage: StageConfig) -> dict[str, Any]:
-    """A stage of several, as it stands in ``attack_params``."""
+    """One of several stages, as an entry of ``attack_params``."""
     return {
         "attack": stage.attack.name,
         **stage.attack.params(),
@@ -342,7 +343,7 @@ def _stage_params(stage: StageConfig) -> dict[str, Any]:
 
 
 def _removal_columns(chain: Sequence[Removed]) -> dict[str, Any]:
-    """One removal as an object of its settings, several as a list of them."""
+    """The removal columns. ``removal_params`` is an object for one removal, a list of objects for several."""
     params = [{**each.removal.params(), **({"pool": each.pool.label} if each.pool else {})} for each in chain]
     return {
         "removal": "+".join(each.removal.name for each in chain),

@@ -1,7 +1,7 @@
-"""Where a run stands, live on a terminal (rich), or as one plain line every 30 seconds otherwise.
+"""Shows the progress of a run: live on a terminal (rich), otherwise as one plain line every 30 seconds.
 
-Every listener draws on the same board, :class:`Board`: a table of tasks under way. A Ray run's board lives in an actor
-and is copied here a few times a second.
+All progress listeners write to one :class:`Display`, a table of tasks under way. In a Ray run they post to an actor,
+whose table is copied here a few times a second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLAIN_INTERVAL = 30.0
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work under way; ``budget`` and ``spent`` in images, for attackers."""
+    """One piece of work under way. A theft also has ``budget`` and ``spent``, in images."""
 
     label: str
     phase: str = "starting"
@@ -37,7 +37,7 @@ class Task:
     spent: int = 0
 
     def line(self) -> str:
-        """``knockoff soft patches from deeptracer: train 3/10, 2000/2000 images``."""
+        """One line, e.g. ``knockoff soft patches from deeptracer: train 3/10, 2000/2000 images``."""
         images = f", {self.spent}/{self.budget} images" if self.budget is not None else ""
         return f"{self.label}: {self.phase} {self.done}/{self.total}{images}"
 
@@ -49,7 +49,7 @@ class Display:
     Args:
         total: scenarios and victims that will be measured.
         quiet: draw nothing but notes.
-        noun: what is counted.
+        noun: the word behind the count, e.g. ``trials ended``.
     """
 
     console: Console
@@ -79,7 +79,8 @@ class Display:
 
     @contextmanager
     def task(self, label: str, budget: int | None = None, spent: Callable[[], int] = lambda: 0) -> Iterator[Progress]:
-        """A task that is under way inside the block; gives the listener to hand to it. ``spent`` tells its account."""
+        """Shows a task inside the block and yields its progress listener. ``spent`` returns the images charged so
+        far."""
         self.update(label, Task(label, budget=budget))
 
         def listen(phase: str, done: int, total: int) -> None:
@@ -101,7 +102,7 @@ class Display:
         self.tick()
 
     def rows(self, rows: Sequence[Row]) -> None:
-        """Counts measured models; a failure or a warning is printed at once."""
+        """Counts one measured model, given its rows. A failure or a warning is printed at once."""
         self.finished += 1
         for row in rows:
             if row.status == "failed":
@@ -111,11 +112,11 @@ class Display:
                 self.note(f"WARNING: {row.victim}: {row.warning}", "bold yellow")
 
     def note(self, text: str, style: str = "") -> None:
-        """One line that stays."""
+        """Prints one line that stays."""
         self.console.print(Text(text, style=style), soft_wrap=True)
 
     def tick(self) -> None:
-        """Prints the plain line, when it is due and there is no live view."""
+        """Prints the plain line if it is due and there is no live view."""
         now = time.monotonic()
         if self._live or self.quiet or now - self._last_line < PLAIN_INTERVAL:
             return

@@ -53,7 +53,7 @@ class LocalRun:
     def run(self) -> bool:
         """Runs everything that is not done yet; returns whether every row is good.
 
-        What fails becomes a row with its error, and the rest goes on.
+        A failure becomes a row with its error, and the rest goes on.
         """
         use_one_thread()
         try:
@@ -63,11 +63,11 @@ class LocalRun:
                 self._log.close()
             self._ledger.close()
             if self._log is not None:
-                self._directory.restore_query_log(self._plan.attacks)
+                self._directory.settle(self._plan.attacks)
         return all(row.status == "ok" for row in self._directory.rows())
 
     async def _run(self) -> None:
-        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows, retry=False)
+        scheduler = Scheduler(self, self._directory, self._plan.keys_for, self._display.rows)
         for subject in (*self._plan.victims, *self._directory.open_copies(self._plan)):
             await scheduler.measured(subject)  # one after the other: there is one process
 
@@ -75,7 +75,7 @@ class LocalRun:
         """See :class:`~simulator.experiment.schedule.Bench`."""
         try:
             made = self._make(subject)
-        except Exception as error:  # whatever fails becomes a row
+        except Exception as error:  # every failure becomes a row
             raise WorkFailed(one_line(error), self._spent(subject)) from error
         self._collector.keep(subject, made)
 
@@ -140,7 +140,7 @@ def _run_at_once(work: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run_until_complete(work)
     finally:
-        if left := asyncio.all_tasks(loop):  # those that waited for what was interrupted
+        if left := asyncio.all_tasks(loop):  # tasks that waited for the interrupted one
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(left))

@@ -1,4 +1,4 @@
-"""The owner's side: train the benign model and the marked victims, choose the keys."""
+"""The owner's side: trains the benign model and the marked victims, and chooses the keys."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class TrainedOwner:
         key: the filtered key; None for the benign model.
         triggers: a sample of the triggers trained on, for pools that ask for some.
         false_trigger: the rate at which near misses get the watermark's label, in [0, 1].
-        seconds: of training it, key and filter included.
-        candidates: what the key was filtered from; None where no filter chose.
+        seconds: training time, key and filter included.
+        candidates: the samples that the key was filtered from; None without a filter.
     """
 
     model: Classifier
@@ -105,7 +105,7 @@ def train_owner(
 
 @dataclass(frozen=True)
 class HalfTrained:
-    """A marked victim between two phases of its training: accuracy and WSR on key candidates, rates in [0, 1]."""
+    """A marked victim between two phases of its training: test accuracy, and WSR on key candidates, in [0, 1]."""
 
     accuracy: float
     wsr: float
@@ -113,7 +113,7 @@ class HalfTrained:
 
 
 class _PhaseOver(Exception):
-    """Ends a training where it has been measured."""
+    """Raised by the phase listener to stop training once the phase has been measured."""
 
 
 def train_phase(
@@ -127,7 +127,7 @@ def train_phase(
 ) -> HalfTrained:
     """Trains a marked victim to the end of one of its scheme's :meth:`~Watermark.phases` and measures it.
 
-    :func:`train_owner` with the same checkpoint goes on from there, to the same model as without an interruption.
+    :func:`train_owner` with the same checkpoint continues from there, and gives the same model as without the stop.
     """
     clock, test = time.perf_counter(), world.dataset.test
     found: list[HalfTrained] = []
@@ -167,7 +167,7 @@ def _embed(
 
 
 def _false_trigger(embedding: Embedding) -> float | None:
-    """How often near misses are answered as if they were triggers."""
+    """The rate, in [0, 1], at which near misses get the watermark's label; None if there are no near misses."""
     if embedding.near_misses is None or embedding.near_miss_labels is None:
         return None
     answers = predict_labels(embedding.model, embedding.near_misses)

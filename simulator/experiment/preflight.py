@@ -1,4 +1,4 @@
-"""What can be checked before anything runs: the plan, the data sets, the pools, the architectures."""
+"""Checks before anything runs: of the plan, the data sets, the pools, the architectures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from simulator.service.answers import most_kept
 
 
 def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool = True) -> tuple[Plan, World]:
-    """The plan of a run and its images, with everything checked that can be checked before anything runs.
+    """Makes the plan of a run and loads its images. All that can be checked before anything runs is checked.
 
     Raises:
         AbsentError: a known set is not there, and ``download`` is false.
@@ -43,14 +43,14 @@ def prepare(config: RunConfig, data_dir: Path | None = None, *, download: bool =
 
 
 def look_at(config: RunConfig, data_dir: Path | None = None) -> tuple[dict[str, int], str]:
-    """Checks what :func:`prepare` checks, as far as images are there; nothing is downloaded.
+    """Makes the checks of :func:`prepare` without downloading anything. If a data set is absent, fewer are made.
 
     Returns:
-        The number of images of each foreign set that is there (without the victim's test images, unless those are not
-        there), and what is missing: a line, empty where everything was checked.
+        The number of images of each foreign set that is there, and one line that says what is missing (empty if nothing
+        is). The numbers leave the victim's test images out if every set is there.
 
     Raises:
-        InputError: what a run would be refused for.
+        InputError: a run would be refused.
     """
     try:
         _, world = prepare(config, data_dir, download=False)
@@ -98,11 +98,11 @@ def load_world(config: RunConfig, plan: Plan, data_dir: Path | None = None, *, d
 
 
 def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
-    """Checks before anything runs that every pool can be built: those of the attackers, and the key filter's with as
-    many images as it asks.
+    """Checks that every pool can be built: those of the attackers with a few images, the key filter's by its full size
+    in memory.
 
     Raises:
-        InputError: naming the pool and what it lacks.
+        InputError: one cannot. The message names the pool and what it lacks.
     """
     if config.watermarks and config.key_filter.stages != "none":
         _filter_pool_fits(config, world)
@@ -119,7 +119,7 @@ def pools_fit(config: RunConfig, plan: Plan, world: World) -> None:
             world.pool(spec, 4, generator_for("check"), triggers)
         except InputError as error:
             raise InputError(f"{config.name}: pool {spec.label}: {error}") from None
-        except (RuntimeError, MemoryError) as error:  # torch's word for too little memory is RuntimeError
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if memory is short
             raise InputError(f"{config.name}: pool {spec.label}: cannot be built: {one_line(error)}") from None
 
 
@@ -161,10 +161,10 @@ def evasions_fit(config: RunConfig, plan: Plan, world: World) -> None:
 
 
 def labels_fit(plan: Plan, dataset: Dataset) -> None:
-    """Checks before anything runs that no answer mode keeps more classes than there are.
+    """Checks that no answer mode keeps more classes than the data set has.
 
     Raises:
-        InputError: naming the mode and the number of classes.
+        InputError: one does, e.g. ``top-20`` of 10 classes.
     """
     modes = {stage.labels: "labels" for scenario in plan.scenarios for stage in scenario.stages}
     modes |= {spec.key_filter.labels: "key_filter.labels" for spec in plan.victims}
@@ -195,10 +195,10 @@ def removals_fit(config: RunConfig, plan: Plan, dataset: Dataset) -> None:
 
 
 def watermarks_fit(plan: Plan, dataset: Dataset) -> None:
-    """Checks before anything runs that every watermark scheme can mark a model of this data set.
+    """Checks that every watermark scheme can mark a model of this data set.
 
     Raises:
-        InputError: naming the scheme and what is wrong.
+        InputError: one cannot. The message says why.
     """
     for spec in plan.victims:
         spec.watermark.check(dataset)
@@ -209,10 +209,10 @@ def watermarks_fit(plan: Plan, dataset: Dataset) -> None:
 
 
 def architectures_fit(plan: Plan, dataset: Dataset) -> None:
-    """Checks before anything runs that every architecture takes the images' size.
+    """Checks that every architecture takes the images' size.
 
     Raises:
-        InputError: naming the architecture and the smallest size it takes.
+        InputError: one does not. The message names it and the smallest size it takes.
     """
     names = {spec.architecture for spec in plan.benigns}
     optional = {spec.key_filter.architecture for spec in plan.victims}

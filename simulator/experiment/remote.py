@@ -6,7 +6,8 @@ directory is copied to the URI every minute and at the end; ``--resume URI`` fet
 do.
 
 What is copied is a state that the run can go on from: the ledger goes first, and only files follow that were there
-before it was read, so that no row is ever in the bucket whose queries the bucket's ledger does not know. Checkpoints
+before it was read, so that no row is ever in the bucket whose queries the bucket's ledger does not know. The ledger's
+head is read before the ledger and written after it, so that the bucket's ledger is never behind its head. Checkpoints
 stay here, for the ledger may not know all that they have asked: work under way begins anew and pays nothing twice.
 """
 
@@ -27,23 +28,25 @@ from simulator.errors import InputError, one_line
 
 #: seconds between two copies
 INTERVAL = 60.0
-#: what is copied, in this order; the rest, but for checkpoints, comes last
+#: folders that are copied first, in this order; results and the rest follow
 ORDER = ("ledger", "keys", "models")
-#: what only this machine has a use for
+#: folders that are not copied
 LEFT_OUT = ("checkpoints",)
+#: the ledger's head, which comes before the ledger in the order of names
+HEAD = Path("ledger/head.json")
 SCHEMES = ("s3", "gs", "gcs", "abfss", "file")
 
 
 def is_uri(place: str | Path) -> bool:
-    """Whether this is no path."""
+    """Whether this is a URI, e.g. ``s3://bucket/run``, and no path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
 
 
 class RemoteDirectory:
-    """A run directory at a URI, and the local one that it is a copy of.
+    """The copy, at a URI, of a local run directory.
 
     Raises:
-        InputError: the URI is of no kind that is known, or its place cannot be reached.
+        InputError: the URI's scheme is unknown, or its place cannot be reached.
     """
 
     def __init__(self, uri: str, local: Path) -> None:
@@ -59,10 +62,10 @@ class RemoteDirectory:
         self._lock = threading.Lock()
 
     def demand_empty(self) -> None:
-        """Sees that nothing is there yet, and that it can be written to.
+        """Checks that the URI is empty and can be written to.
 
         Raises:
-            InputError: it is not so.
+            InputError: it is not empty, or cannot be written to.
         """
         try:
             found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
@@ -75,10 +78,10 @@ class RemoteDirectory:
             raise InputError(f"{self.uri}: exists and is not empty; resume it with --resume, or name another")
 
     def fetch(self) -> None:
-        """Copies the run from there to the local directory.
+        """Copies the run at the URI to the local directory.
 
         Raises:
-            InputError: there is no run.
+            InputError: there is no run, or it cannot be read.
         """
         try:
             if self._system.get_file_info(f"{self._path}/config.yaml").type != fs.FileType.File:
@@ -93,26 +96,36 @@ class RemoteDirectory:
         self._copied = {name: _stamp(self.local / name) for name in self._files()}
 
     def push(self) -> int:
-        """Copies what has changed since the last time; returns how many files that were.
+        """Copies the files that have changed since the last copy; returns how many.
 
         Raises:
-            OSError: there is no way to write them.
+            OSError: they cannot be written.
         """
         with self._lock:
             changed = 0
+            heads: list[tuple[Path, tuple[int, int], bytes]] = []
             for name in self._files():
                 try:
                     stamp = _stamp(self.local / name)
-                    if self._copied.get(name) != stamp:
-                        self._write(name, (self.local / name).read_bytes())
-                        self._copied[name] = stamp
-                        changed += 1
+                    data = (self.local / name).read_bytes() if self._copied.get(name) != stamp else None
                 except FileNotFoundError:  # it was a temporary one
                     continue
+                if data is not None and name == HEAD:
+                    heads.append((name, stamp, data))
+                elif data is not None:
+                    self._keep(name, stamp, data)
+                changed += data is not None
+            for head in heads:
+                self._keep(*head)
             return changed
 
+    def _keep(self, name: Path, stamp: tuple[int, int], data: bytes) -> None:
+        self._write(name, data)
+        self._copied[name] = stamp
+
     def _files(self) -> list[Path]:
-        """The files there are now, in the order of copying. Results are listed first, and what they rest on after."""
+        """The present files, in the order of copying. Results are listed first, so that all that they rest on is copied
+        with them."""
         folders = ["results", *reversed(ORDER), "."]
         found: dict[str, list[Path]] = {}
         for folder in folders:
@@ -138,9 +151,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def mirrored(
     out: str | None, resume: str | None, interval: float = INTERVAL
 ) -> Iterator[tuple[Path | None, Path | None]]:
-    """The paths to work with for ``--out`` and ``--resume``, each a path or a URI.
+    """The local paths for ``--out`` and ``--resume``, each of which may be a path or a URI.
 
-    A URI's local directory is ``runs/<time>_<its last part>``; it is copied to the URI every ``interval`` seconds
+    A URI's local directory is ``runs/<time>_<its last part>``. It is copied to the URI every ``interval`` seconds
     inside the block and when the block ends, however it ends.
 
     Raises:
@@ -174,7 +187,8 @@ def mirrored(
 
 
 def _try(remote: RemoteDirectory) -> bool:
-    """Copies; a failure is told, and does not end a run whose results are safe here."""
+    """Copies, and says whether that worked. A failure is printed; it does not end the run, whose results are safe
+    here."""
     try:
         remote.push()
     except (pa.ArrowException, OSError) as error:

@@ -1,4 +1,4 @@
-"""The thief's side after the theft: a removal of one model."""
+"""The thief's side after the theft: applies a removal to one model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simulator.service.recording import TransferSet
 
 @dataclass(frozen=True)
 class Washed:
-    """A model after a removal; ``seconds`` of the removal alone."""
+    """A model after a removal. ``seconds`` is the time of the removal alone."""
 
     model: Classifier
     seconds: float

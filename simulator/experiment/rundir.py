@@ -1,9 +1,9 @@
-"""A run's directory: what is where, and what of it is already done.
+"""A run's directory: where its files lie, and which work is already done.
 
 run.json  config.yaml  results/  detections/  models/  keys/  ledger/  queries/  transfer/  report/  logs/  .lock
 
-One process works in it at a time, by a lock on ``.lock`` (see :func:`simulator.files.try_lock` for network file
-systems), which the system takes from a process that ends, however it ends.
+One process works in it at a time. It holds a lock on ``.lock``, which the system releases when the process ends,
+however it ends (see :func:`simulator.files.try_lock` for network file systems).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from simulator.chain import Head, read_head
 from simulator.checkpoint import CheckpointFolder
 from simulator.data.dataset import Images
 from simulator.detectors.base import first_noticed
@@ -33,13 +34,15 @@ from simulator.experiment.owner import TrainedOwner
 from simulator.experiment.removal import Washed
 from simulator.experiment.theft import Theft
 from simulator.experiment.world import World
-from simulator.files import LOCK, Folder, locked, write_atomically
+from simulator.files import LOCK, Folder, demand_plain, locked, write_atomically
 from simulator.models import Classifier, load_model, save_model
 from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.plan.config import RunConfig, read_config
 from simulator.plan.subjects import Guarded, Marked, OwnerModel, Plan, Removed, Stolen, Subject, Suspect
 from simulator.records.detections import detectors_json
+from simulator.records.provenance import read_run_info
 from simulator.records.rows import Row, read_rows
+from simulator.service.audit import check_charges
 from simulator.service.ledger import Ledger
 from simulator.service.log import restore
 from simulator.service.recording import TransferSet
@@ -48,14 +51,14 @@ from simulator.tensorfile import read_tensors, write_tensors
 
 @dataclass(frozen=True)
 class Copy:
-    """A thief's model with what is measured of it.
+    """A thief's model, with what was noted when it was made.
 
     Attributes:
-        queries: victim images that its theft was answered, by the thief's own count; 0 without a theft.
-        seconds: of making it from its parent.
-        snapshots: the model at stages of the budget: number of queries, and model.
-        detectors: that watched its accounts, as in a row.
-        noticed: images after which the first of them noticed it; None for never.
+        queries: victim images that its theft was answered, by the thief's own count. It is 0 without a theft.
+        seconds: time of making it from its parent.
+        snapshots: ``(queries, model)`` at stages of the budget.
+        detectors: the detectors that watched its accounts, as JSON.
+        noticed: images after which the first detector noticed it; None if none did.
     """
 
     model: Classifier
@@ -85,7 +88,7 @@ class RunDirectory:
             _demand_unused(path)
             path.mkdir(parents=True, exist_ok=True)
             with locked(path):
-                _demand_unused(path)  # it may have been made since
+                _demand_unused(path)  # another process may have made it since
                 (path / "logs").mkdir(exist_ok=True)
                 write_atomically(path / "config.yaml", config.to_yaml().encode())
         except OSError as error:
@@ -97,33 +100,38 @@ class RunDirectory:
         """An earlier run's directory and configuration.
 
         Raises:
-            InputError: it is no run directory, or not writable.
+            InputError: it is no run directory, or not writable, or holds a symbolic link; or its query account was
+                damaged, cut or exchanged, or does not know what the rows say.
         """
         if not (path / "config.yaml").is_file():
             raise InputError(f"{path}: not a run directory (it has no config.yaml)")
         if not os.access(path, os.W_OK):
             raise InputError(f"{path}: cannot write the run directory there: permission denied")
+        path = path.resolve()
+        demand_plain(path)
+        directory, config = cls(path), read_config(str(path / "config.yaml"))
+        check_charges(path, directory.rows(), directory.account_head())
         (path / "logs").mkdir(exist_ok=True)
-        return cls(path.resolve()), read_config(str(path / "config.yaml"))
+        return directory, config
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps every other process from working in the directory, inside the block.
+        """Locks the directory against other processes inside the block.
 
         Raises:
-            InputError: another process does so now.
+            InputError: another process holds the lock.
         """
         with locked(self.path):
             yield
 
     def discard(self) -> None:
-        """Removes the directory of a run that could not begin; once there is a model or a row, everything stays."""
+        """Removes the directory of a run that could not begin. A directory with a model or a row stays."""
         if not any(any((self.path / part).glob("*")) for part in ("models", "results")):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def ledger(self) -> Path:
-        """The query account."""
+        """The file of the query ledger."""
         return self.path / "ledger" / "ledger.log"
 
     @property
@@ -136,15 +144,24 @@ class RunDirectory:
         """The parts of the query log."""
         return Folder(self.path / "queries", ".parquet")
 
-    def restore_query_log(self, attacks: Mapping[str, str]) -> None:
-        """Adds to the query log what kills have swallowed (see :func:`simulator.service.log.restore`). No other ledger
-        has the log open now.
+    def account_head(self) -> Head | None:
+        """The head of the account as ``run.json`` has it, from the time when a run last ended here."""
+        return read_run_info(self.path).account if (self.path / "run.json").exists() else None
+
+    def settled_head(self) -> Head | None:
+        """The head of the account as it lies beside the ledger."""
+        return read_head(self.ledger)
+
+    def settle(self, attacks: Mapping[str, str] | None = None) -> None:
+        """Brings the account to its end: its head is written up to the last grant, and the query log gets what kills
+        have swallowed (see :func:`simulator.service.log.restore`). No other ledger has the log open now.
 
         Args:
-            attacks: the attack behind each account.
+            attacks: the attack behind each account; None where there is no query log.
         """
         ledger = Ledger(self.ledger)
-        restore(self.path / "queries", ledger, attacks)
+        if attacks is not None:
+            restore(self.path / "queries", ledger, attacks)
         ledger.close()
 
     @cached_property
@@ -162,7 +179,7 @@ class RunDirectory:
         return {account: self.token(account) for account in theft.accounts}
 
     def token(self, account: str) -> str:
-        """The secret token of an account; the same when the run is resumed."""
+        """The secret token of an account. A resumed run has the same."""
         return hmac.new(self._secret, account.encode(), hashlib.sha256).hexdigest()
 
     def has(self, subject: Subject) -> bool:
@@ -170,14 +187,16 @@ class RunDirectory:
         file = self._model(subject.file)
         if isinstance(subject.kept, OwnerModel):
             return file.exists()
-        try:  # earlier versions kept no counts beside a copy, which cannot be measured without them
+        try:  # a copy of an earlier version lacks the counts that measuring needs
             return "copy" in _metadata(file)
         except InputError:  # absent, or damaged: it is made again, and pays nothing twice
             return False
 
     def save_owner(self, spec: OwnerModel, owner: TrainedOwner) -> None:
-        """Writes an owner's model, key (with what it was filtered from, so that a WSR before the filter can be had
-        later) and triggers; the model last, as the sign that all is there."""
+        """Writes an owner's model, key and triggers. The model comes last, as the sign that all is there.
+
+        The samples that the key was filtered from are written, too, for a WSR before the filter.
+        """
         if owner.candidates is not None:
             save_key(owner.candidates, self.path / "keys" / f"{spec.id}.candidates.safetensors")
         if owner.key is not None and owner.triggers is not None:
@@ -187,7 +206,7 @@ class RunDirectory:
         save_model(owner.model, self._model(spec.file), {"owner": json.dumps(header)})
 
     def check_owners(self, plan: Plan) -> None:
-        """Sees that every model and key of the owner's that lies here can be read.
+        """Checks that every model and key of the owner in this directory can be read.
 
         Raises:
             InputError: one is damaged.
@@ -232,12 +251,12 @@ class RunDirectory:
         return TransferSet.of([data for data in files if data is not None], subject.label)
 
     def load_model(self, subject: Subject) -> Classifier:
-        """A model that lies here, without what belongs to it."""
+        """A model of this directory, without key or counts."""
         return load_model(self._model(subject.file))[0]
 
     def save_theft(self, theft: Stolen, made: Theft) -> None:
-        """Writes a stolen model, the models of its budget curve, and its transfer sets if they were kept; the model
-        last, as the sign that all is there."""
+        """Writes a stolen model, the models of its budget curve, and its transfer sets if they were kept. The model
+        comes last, as the sign that all is there."""
         for account, transfer_set in made.transfer_sets.items():
             write_atomically(self.path / "transfer" / f"{account}.safetensors", transfer_set)
         for queries, model in made.snapshots:
@@ -261,9 +280,9 @@ class RunDirectory:
         save_model(model, self._model(subject.file), {"copy": json.dumps(header), "stolen": json.dumps(about)})
 
     def load_copy(self, subject: Suspect) -> Copy:
-        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy has its theft's queries.
+        """What :meth:`save_theft` or :meth:`save_washed` wrote. A washed copy takes over its theft's query count.
 
-        Of a suspect behind an evasion it is the model there, without what was measured of that model's making.
+        For a suspect behind an evasion this is the model behind it, without the figures of that model's making.
         """
         if isinstance(subject, Guarded):
             behind = subject.kept
@@ -296,8 +315,8 @@ class RunDirectory:
             raise InputError(f"{file}: not a model of this run") from None
 
     def save_test(self, test: Images, held_out: Images | None = None) -> None:
-        """Lays the test images, and the attacker's where benign clients need them, ready for a collector in another
-        process, until :meth:`clear_test`."""
+        """Writes the test images for a collector in another process, until :meth:`clear_test`. ``held_out`` are the
+        attacker's images, which benign clients need."""
         tensors = {"images": test.images, "labels": test.labels}
         if held_out is not None:
             tensors |= {"held_out": held_out.images, "held_out_labels": held_out.labels}
@@ -324,7 +343,7 @@ class RunDirectory:
         return World.read(self.path / "checkpoints")
 
     def rows(self) -> list[Row]:
-        """The rows so far; none for a run that has not measured anything."""
+        """The rows so far; none if nothing has been measured yet."""
         return read_rows(self.path) if any((self.path / "results").glob("*.parquet")) else []
 
     def open_copies(self, plan: Plan) -> list[Suspect]:
@@ -360,6 +379,6 @@ def _demand_unused(path: Path) -> None:
 
 
 def _unused(path: Path) -> Path:
-    """The path, or with a number behind it where another run has begun in the same second."""
+    """The path, or the path with a number, e.g. ``…_digits-2``, if another run has begun in the same second."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(each for each in itertools.chain([path], numbered) if not each.exists())

@@ -6,8 +6,8 @@ actors (:mod:`actors.bench`). The scheduler knows what needs what::
     making    a model needs its parent (and a theft the victim whose triggers its pool holds)
     measuring a model needs itself and the keys that concern it
 
-What is made lies in the run directory, so work that was done before the program was killed is not done again.
-A model that cannot be made fails everything that is made from it, and each failure becomes a row.
+A finished model lies in the run directory, so a resumed run does not make it again. If a model cannot be made, all that
+is made from it fails, too, and each failure becomes a row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Bench(Protocol):
     """Where models are made and measured."""
 
     async def make(self, subject: Subject) -> None:
-        """Makes a model whose parent lies in the run directory, and returns when it lies there, too.
+        """Makes a model whose parent lies in the run directory. Returns once the model lies there, too.
 
         Raises:
             WorkFailed: it could not be made.
@@ -56,13 +56,13 @@ class Bench(Protocol):
 
 
 class Scheduler:
-    """Makes and measures models, each once, with whatever they need.
+    """Makes and measures models, each once, after the models that they need.
 
     Args:
         keys_for: the victims whose keys a model is measured with.
-        show: is given the rows as they are written.
-        retry: whether work that failed is begun again when somebody asks again, as the next trial of a sweep does. In a
-            run it stays failed: every theft asks for its victim, and none of them should train it once more.
+        show: called with the rows of each model once they are written.
+        retry: whether failed work is begun again when it is asked for again, e.g. by the next trial of a sweep. In a
+            run it stays failed: otherwise each theft would train its failed victim once more.
     """
 
     def __init__(
@@ -72,25 +72,26 @@ class Scheduler:
         keys_for: Callable[[Subject], Sequence[Marked]],
         show: Callable[[list[Row]], None],
         *,
-        retry: bool = True,
+        retry: bool = False,
     ) -> None:
         self._bench, self._directory, self._keys_for, self._show = bench, directory, keys_for, show
         self._retry = retry
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
     async def once(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of a piece of work, which is begun if nobody has begun it, or if it failed and is tried again."""
+        """The result of the work of this name. The work is begun at the first call, or if it failed and ``retry`` is
+        set."""
         task = self._tasks.get(name)
         if task is None or (self._retry and task.done() and (task.cancelled() or task.exception() is not None)):
             task = self._tasks[name] = asyncio.ensure_future(work())
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio complains of it
-        return await asyncio.shield(task)  # the work goes on when the one who asked goes away
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it
+        return await asyncio.shield(task)  # the work goes on when this caller is cancelled
 
     async def made(self, subject: Subject) -> None:
-        """Returns when a model lies in the run directory.
+        """Makes a model, and first the models that it needs, unless it lies in the run directory.
 
         Raises:
-            WorkFailed: it, or a model that it is made from, could not be made.
+            WorkFailed: the model, or one that it needs, could not be made.
         """
 
         async def work() -> None:
@@ -106,31 +107,31 @@ class Scheduler:
         await self.once(f"make {subject.id}", work)
 
     async def measured(self, subject: Subject) -> list[Row]:
-        """The rows of a model, with each of its keys. A row says what failed."""
+        """The rows of a model, measured with each of its keys. A failure is a row, too."""
 
         async def work() -> list[Row]:
-            keys = list(self._keys_for(subject))
-            try:
-                await self.made(subject)
-            except WorkFailed as failed:
-                rows = await self._bench.fail(subject, str(failed), keys, failed.queries)
-                self._show(rows)
-                return rows
-            rows = []
-            for of in list(keys):
-                try:
-                    await self.made(of)
-                except WorkFailed as failed:
-                    keys.remove(of)
-                    rows += await self._bench.fail(subject, _lost(subject, of, failed), [of], 0)
-            if keys:
-                rows += await self._bench.measure(subject, keys)
+            rows = await self._measure(subject)
             self._show(rows)
-            if any(row.status != "ok" for row in rows):
-                self._tasks.pop(f"measure {subject.id}", None)  # whoever asks again has it tried again
+            if self._retry and any(row.status != "ok" for row in rows):
+                self._tasks.pop(f"measure {subject.id}", None)
             return rows
 
         return await self.once(f"measure {subject.id}", work)
+
+    async def _measure(self, subject: Subject) -> list[Row]:
+        keys = list(self._keys_for(subject))
+        try:
+            await self.made(subject)
+        except WorkFailed as failed:
+            return await self._bench.fail(subject, str(failed), keys, failed.queries)
+        rows = []
+        for of in list(keys):
+            try:
+                await self.made(of)
+            except WorkFailed as failed:
+                keys.remove(of)
+                rows += await self._bench.fail(subject, _lost(subject, of, failed), [of], 0)
+        return rows + (await self._bench.measure(subject, keys) if keys else [])
 
     async def measure_all(self, subjects: Iterable[Subject]) -> None:
         """Measures models side by side."""
@@ -138,7 +139,7 @@ class Scheduler:
 
 
 def _needed(subject: Subject) -> Iterable[Subject]:
-    """What has to lie in the run directory before a model can be made."""
+    """The models that must lie in the run directory before this one can be made."""
     if subject.parent is not None:
         yield subject.parent
     if isinstance(subject, Stolen) and subject.triggers_of is not None:
@@ -146,9 +147,9 @@ def _needed(subject: Subject) -> Iterable[Subject]:
 
 
 def _lost(subject: Subject, needed: Subject, failed: WorkFailed) -> str:
-    """Why a model fails when one that it needs has failed.
+    """The error text of a model when one that it needs has failed.
 
-    Example: ``its victim could not be trained: ValueError: …``. A victim has its benign model's reason as it is.
+    Example: ``its victim could not be trained: ValueError: …``. A victim takes over its benign model's text unchanged.
     """
     why = str(failed)
     if isinstance(subject, OwnerModel) or why.startswith(LOST):
@@ -156,5 +157,5 @@ def _lost(subject: Subject, needed: Subject, failed: WorkFailed) -> str:
     return f"{LOST[0] if isinstance(needed, OwnerModel) else LOST[1]}: {why}"
 
 
-#: how the reasons begin that a model takes from one that it needs
+#: how the error text begins if the needed model is an owner's, and if it is any other
 LOST = ("its victim could not be trained", "its target could not be made")

@@ -88,13 +88,13 @@ def steal(
 
 @dataclass(frozen=True)
 class Theft:
-    """What an attacker brings home.
+    """The result of a theft.
 
     Attributes:
-        queries: victim images it asked and was answered, by its own count.
-        transfer_sets: what each account asked and was answered, as a safetensors file, if that is kept.
-        snapshots: the model at stages of the budget: number of queries, and model.
-        detections: what each detector has found of each account.
+        queries: victim images that the attacker was answered, by its own count.
+        transfer_sets: images and answers of each account, as a safetensors file; empty if they are not kept.
+        snapshots: ``(queries, model)`` at stages of the budget.
+        detections: the finding of each detector about each account.
     """
 
     model: Classifier
@@ -108,7 +108,7 @@ class Theft:
 
 @dataclass
 class Curve:
-    """Keeps the models of the stages of a budget."""
+    """Keeps the model at each stage of the budget."""
 
     at: tuple[int, ...]
     models: dict[int, Classifier] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class AttackerCheckpoint:
         self._inner, self._oracles, self._curve = inner, oracles, curve
 
     def load(self) -> State | None:
-        """See :class:`Checkpoint`; sets the oracles, their listeners and the curve back to where they were."""
+        """See :class:`Checkpoint`; also restores the oracles, their listeners and the curve."""
         state = self._inner.load()
         if state is not None:
             for oracle, counters in zip(self._oracles, state.pop("oracles"), strict=True):
@@ -157,7 +157,7 @@ class AttackerCheckpoint:
         self._inner.save({**state, **models, **heard, "curve": list(self._curve.models), "oracles": counters})
 
     def _listeners(self) -> Iterator[tuple[str, Listener]]:
-        """Every listener, with what its entries' names begin with."""
+        """Every listener with the prefix of its entries' names, e.g. ``listener.0.1.``."""
         for number, oracle in enumerate(self._oracles):
             for place, listener in enumerate(oracle.listeners):
                 yield f"listener.{number}.{place}.", listener
@@ -179,7 +179,7 @@ def run_scenario(
     """Runs a scenario against a prediction service, whose accounts are already open; ``tokens`` has the secret of each.
 
     With ``record``, the transfer sets are kept; with ``detectors``, each account is watched. Both are in the
-    checkpoint, so a theft that goes on from there gives what an uninterrupted one gives.
+    checkpoint, so a resumed theft gives the same as an uninterrupted one.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     watched = {account: watches(detectors) for account in scenario.accounts}

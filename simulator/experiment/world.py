@@ -19,8 +19,10 @@ WORLD = "world-"
 
 @dataclass(frozen=True)
 class World:
-    """The images of a run: the victim's data set, and by name the foreign ones that pools draw from, as
-    :func:`~simulator.data.pool.without_test_images` left them: an attacker's view has no test part to clean them with.
+    """The images of a run: the victim's data set, and the foreign sets that pools draw from, by name.
+
+    The foreign sets are already cleaned by :func:`~simulator.data.pool.without_test_images`, because an attacker's view
+    has no test part to clean them with.
     """
 
     dataset: Dataset
@@ -32,7 +34,7 @@ class World:
         return (self.dataset.channels, self.dataset.size, self.dataset.size)
 
     def for_attackers(self) -> World:
-        """The same without the test part, and so without anything keys are made of."""
+        """The same world without the test images, and so without anything that keys are made of."""
         nothing = Images(self.dataset.test.images[:0], self.dataset.test.labels[:0])
         return replace(self, dataset=replace(self.dataset, test=nothing))
 

@@ -18,6 +18,8 @@ from simulator.service.oracle import ModelOracle, Oracle
 
 #: seconds of trying again where nothing answers: a person waits
 PATIENCE = 5.0
+#: seconds that a suspect may take for one reply, and bytes that it may have: it answers one image
+REPLY_SECONDS, REPLY_BYTES = 60.0, 1 << 20
 
 
 def verify_file(
@@ -66,7 +68,7 @@ def verify_url(
         InputError: a wrong setting or key; a suspect that does not answer, refuses, or takes other images.
     """
     rule, evidence = make_test(test, settings or {}), _load_filtered(key)
-    client = HttpClient(url, token, PATIENCE)
+    client = HttpClient(url, token, PATIENCE, limit=REPLY_SECONDS, largest=REPLY_BYTES)
     shape, classes = evidence.shape, evidence.classes  # a foreign API says nothing of its own
     if answer_field is None:
         info = model_info(client)

@@ -2,15 +2,15 @@
 
 The model of the cost:
 
-- A training step on an image costs a forward and a backward pass, three forward passes in all; answering and measuring
-  cost one. What is counted is image passes, by architecture.
-- Seconds for one image are measured here and now, in a second or so for each architecture (:func:`calibrate`), on one
+- A training step on an image costs as much as three forward passes: one forward, two backward. Answering and measuring
+  cost one. Image passes are counted by architecture.
+- Seconds for one image are measured on this machine (:func:`calibrate`), about a second for each architecture, on one
   thread, as an actor computes. Operations are counted by torch's own counter on tensors without data.
 - Not counted: starting processes, reading data, making pools and triggers, an attack's own search (k-center, a bandit's
   policy), the generator of a data-free attack, and the way of a query through the service. docs/cluster.md compares
   estimates with runs.
 
-A component says itself how many images it trains on: see ``Watermark.passes`` and ``Attack.trained_images``.
+Each component says how many images it trains on: see ``Watermark.passes`` and ``Attack.trained_images``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ PROCESS = 750 << 20
 GPU_RATE = 1e12
 #: seconds of measuring for each architecture
 CALIBRATION_PATIENCE = 0.4
-#: operations of a step that is measured, at most, unless that is less than two images: half a second or so of a core
+#: most operations of a measured step, about half a second of a core; a step has two images in any case
 STEP = 10**10
-#: images of a step that is measured, at most
+#: most images of a measured step
 IMAGES = 256
 
 
@@ -55,26 +55,27 @@ class Work:
     answered: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Work) -> None:
-        """Takes another's work on top."""
+        """Adds another's work to this."""
         self.trained.update(other.trained)
         self.answered.update(other.answered)
 
     @property
     def architectures(self) -> set[str]:
-        """Every architecture that computes."""
+        """Every architecture that has work."""
         return set(self.trained) | set(self.answered)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one architecture: seconds to train on and to answer one image, and operations of a forward pass."""
+    """The speed of one architecture: seconds to train on one image, seconds to answer one, operations of a forward
+    pass."""
 
     train: float
     answer: float
     operations: int
 
     def seconds(self, name: str, work: Work) -> float:
-        """How long this architecture's part of the work takes on one thread."""
+        """Seconds that this architecture's part of the work takes on one thread."""
         return self.train * work.trained[name] + self.answer * work.answered[name]
 
 
@@ -102,14 +103,14 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """On one thread, all together."""
+        """Seconds of everything on one thread."""
         return sum(self.owners) + sum(self.thefts) + self.serving + self.measuring
 
     def wall(self, attackers: int, trainers: int, replicas: int, collectors: int, threads: float) -> float:
-        """Seconds of the clock with so many actors at once on so many threads, at best.
+        """The least wall-clock seconds with so many actors at once on so many threads.
 
-        Thefts are shared out evenly, and none is shorter than the longest of them; owners' models come first, and
-        serving and measuring go on while thefts do.
+        The owner's models come first. Then the thefts are shared out evenly among the attackers, but take no less than
+        the longest theft. Serving and measuring go on meanwhile.
         """
 
         def shared(parts: Iterable[float], workers: int) -> float:
@@ -120,7 +121,7 @@ class Estimate:
         return max(shared(self.owners, trainers) + thefts, self.seconds / max(threads, 1))
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Lines for the terminal."""
         parts = {"owner": self.owners, "thefts": self.thefts, "serving": [self.serving], "measuring": [self.measuring]}
         shares = ", ".join(f"{name} {span(sum(seconds))}" for name, seconds in parts.items())
         gpu = self.operations / (GPU_RATE * 3600)
@@ -134,7 +135,7 @@ class Estimate:
 
 
 def span(seconds: float) -> str:
-    """``7 s``, ``12 min``, ``3.4 h``."""
+    """Seconds as text: ``7 s``, ``12 min``, ``3.4 h``."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -184,7 +185,8 @@ def architectures(plan: Plan) -> list[str]:
     owners = {spec.architecture for spec in plan.benigns}
     filters = {spec.key_filter.architecture for spec in plan.victims}
     thieves = {stage.architecture for stage in _stages(plan)}
-    return sorted(name for name in owners | filters | thieves if name)
+    washed = {removed.architecture for removed in plan.removals}
+    return sorted(name for name in owners | filters | thieves | washed if name)
 
 
 def _stages(plan: Plan) -> list[StageConfig]:
@@ -192,7 +194,7 @@ def _stages(plan: Plan) -> list[StageConfig]:
 
 
 def owner_work(spec: OwnerModel, data: Outline) -> Work:
-    """Of training one of the owner's models, and of its key filter."""
+    """The work of training one of the owner's models, and of its key filter."""
     work = Work()
     if not isinstance(spec, Marked):
         work.trained[spec.architecture] += data.owner * spec.training.epochs
@@ -206,14 +208,15 @@ def owner_work(spec: OwnerModel, data: Outline) -> Work:
 
 
 def theft_work(scenario: Stolen, data: Outline) -> Work:
-    """Of all stages of a theft. The victim's answers to the first stage are not in it; those of a stolen model are."""
+    """The work of all stages of a theft. Answers of stolen models are in it; those of the victim to the first stage are
+    not."""
     work, before = Work(), ""
     pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
     for number, stage in enumerate(scenario.stages):
         name = stage.architecture or scenario.victim.architecture
         if number:
             work.answered[before] += stage.budget
-        # a part whose size is not known has as many images as are asked
+        # a part of unknown size counts as many images as are asked
         pool = sum(pools.get(part, stage.budget) for spec in stage.pools for part in spec.parts)
         work.trained[name] += stage.attack.trained_images(stage.budget, pool, stage.curve, stage.labels)
         before = name
@@ -221,7 +224,7 @@ def theft_work(scenario: Stolen, data: Outline) -> Work:
 
 
 def removal_work(removed: Removed, data: Outline) -> Work:
-    """Of a removal."""
+    """The work of a removal."""
     work = Work()
     pools = {"attacker": data.attacker, "owner": data.owner, **data.foreign}
     images = 0
@@ -267,8 +270,8 @@ def memory(name: str, data: Outline, batch: int) -> int:
 def calibrate(name: str, data: Outline, batch: int, patience: float = CALIBRATION_PATIENCE) -> Speed:
     """Measures one architecture on this machine, on as many threads as torch has now.
 
-    CPU time of this process is taken, not the clock's: other work on the machine then does not count. A batch is cut to
-    what takes a moment: for nets that need many operations an image, its size hardly changes the time for one.
+    CPU time of this process is measured, so other work on the machine does not count. A batch is cut to what takes a
+    moment: for nets with many operations an image, its size hardly changes the time of one.
     """
     passes = operations(name, data)
     batch = max(2, min(batch, IMAGES, STEP // (BACKWARD * max(1, passes))))  # normalisation needs two
@@ -293,8 +296,8 @@ def calibrate(name: str, data: Outline, batch: int, patience: float = CALIBRATIO
 
 
 def _fastest(step: object, patience: float) -> float:
-    """Median of the CPU seconds of a step, over as many as ``patience`` seconds allow; the first, which warms up, only
-    counts where there is no time for another."""
+    """Median of the CPU seconds of a step, over as many steps as ``patience`` seconds allow. The first step warms up,
+    and counts only if there is no time for another."""
     assert callable(step)
     found: list[float] = []
     until = time.process_time() + patience

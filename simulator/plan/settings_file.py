@@ -1,6 +1,6 @@
-"""YAML files of settings: presets and the user's own, read strictly into plain data, changed by dotted path, written.
+"""YAML files of settings, presets and the user's own: reads them strictly into plain data, sets dotted paths, writes.
 
-What the settings mean is not known here: see :mod:`simulator.plan.config` for a run's.
+This module does not know what the settings mean: see :mod:`simulator.plan.config` for a run's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from simulator.component import one_of
 from simulator.errors import InputError
 
-#: characters that the aliases of a file may stand for, beside those that are written
+#: characters that the aliases of a file may add to those that are written
 MAX_ALIASED = 250_000
 
 
@@ -26,8 +26,9 @@ def dump_yaml(data: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which ``1e-3`` is a number (YAML 1.1 takes it for text), a day is text (no setting is a date, but a
-    run may be named by one), a key given twice is an error, and aliases may not stand for very much."""
+    """Safe YAML with four changes. ``1e-3`` is a number (YAML 1.1 takes it for text). A day is text, because no setting
+    is a date, but a run may be named by one. A key given twice is an error. The aliases of a file may stand for little
+    text only."""
 
     def get_single_node(self) -> yaml.Node | None:
         root: yaml.Node | None = super().get_single_node()
@@ -45,10 +46,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_aliases(root: yaml.Node) -> None:
-    """Nine levels of nine aliases are a few lines of text and a hundred million values: they are counted, not built.
+    """Checks what aliases stand for by counting: nine levels of nine aliases would build a hundred million values.
 
     Raises:
-        InputError: the aliases stand for too much, or something contains itself.
+        InputError: the aliases stand for too much, or a list or mapping contains itself.
     """
     expanded: dict[int, int] = {}
     under_way: set[int] = set()
@@ -80,7 +81,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that quotes text which :class:`_Loader` would take for a number."""
+    """Safe YAML. It quotes text that :class:`_Loader` would take for a number, e.g. ``'1e-3'``."""
 
 
 for _side in (_Loader, _Dumper):
@@ -126,14 +127,14 @@ def read_settings(source: str, package: str = "simulator") -> dict[str, Any]:
 
 
 def as_line(text: str) -> str:
-    """What the user typed, as part of a message of one line."""
+    """What the user typed, on one line, for an error message."""
     return " ".join(text.split())
 
 
 def _is_file(source: str) -> bool:
     try:
         return Path(source).is_file()
-    except OSError:  # such as a name longer than the system allows
+    except OSError:  # e.g. the name is longer than the system allows
         return False
 
 
@@ -149,13 +150,13 @@ def _parse(text: str, source: str) -> Any:
         return _apart(yaml.load(text, _Loader))
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    except Exception as error:  # PyYAML lets out what int() says of 0x_, and many others
+    except Exception as error:  # PyYAML lets other errors through, e.g. int()'s of 0x_
         raise InputError(f"{source}: not YAML: {as_line(str(error))}") from None
 
 
 def _apart(value: Any) -> Any:
-    """A copy in which every place has lists and mappings of its own: PyYAML gives an anchor and its aliases one object,
-    and to set a value in one place would set it in all."""
+    """A copy in which no two places share a list or mapping. PyYAML gives an anchor and its aliases one object, so a
+    value set in one place would be set in all."""
     if isinstance(value, dict):
         return {key: _apart(each) for key, each in value.items()}
     return [_apart(each) for each in value] if isinstance(value, list) else value
@@ -165,7 +166,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Sets one dotted path of nested mappings and lists, e.g. ``watermarks.0.margin=2``.
 
     Raises:
-        InputError: not of this form, or no such place.
+        InputError: ``override`` is not of this form, or there is no such place.
     """
     path, equals, text = override.partition("=")
     override = as_line(override)
@@ -175,7 +176,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def set_path(data: dict[str, Any], path: str, value: Any, what: str) -> None:
-    """Sets the value at a dotted path; ``what`` begins the error where there is no such place.
+    """Sets the value at a dotted path. If there is no such place, the error begins with ``what``.
 
     Raises:
         InputError: the path leads through something that is no mapping or list, or past the end of a list.
@@ -186,7 +187,7 @@ def set_path(data: dict[str, Any], path: str, value: Any, what: str) -> None:
         if isinstance(place, list):
             place = place[_position(place, part, what)]
         elif isinstance(place, dict):
-            # a component or a data set may be written as its bare name
+            # a component or a data set may stand as its bare name, which becomes a mapping here
             if isinstance(place.get(part), str):
                 place[part] = {"name": place[part]}
             place = place.setdefault(part, {})

@@ -1,5 +1,5 @@
-"""From a configuration to the tree of models that have to be made: unmarked, marked, stolen, washed by a removal, and
-hidden behind an evasion.
+"""Turns a configuration into the tree of models to make: unmarked, marked, stolen, washed by a removal, and hidden
+behind an evasion.
 
 Every planned model is a :class:`Subject`: how it is made (its class and the class's fields), the model that it is made
 from (its parent), and a seed. Example::
@@ -13,7 +13,7 @@ from (its parent), and a seed. Example::
             └── Guarded  c03a…           the stolen copy behind an evasion
 
 An id is a hash of all that decides the model, its parent's id included. So the same work has the same id in every run,
-and its randomness, which derives from the id, is the same too.
+and also the same randomness, which derives from the id.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from simulator.service.ledger import Terms, hash_token
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import Watermark
 
-#: images of a removal's pool that is a mixture or drawn; a pool of one data set has all its images
+#: images of a removal's pool if it is a mixture or drawn; a pool of one data set has all its images
 POOL = 10_000
 
 Role = Literal["benign", "victim", "stolen", "removed", "guarded"]
@@ -64,12 +64,12 @@ class Subject(ABC):
     @property
     @abstractmethod
     def role(self) -> Role:
-        """What its rows call it."""
+        """Its role in the rows."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What progress lines call it."""
+        """Its name in progress lines."""
 
     @property
     @abstractmethod
@@ -78,8 +78,8 @@ class Subject(ABC):
 
     @property
     def file(self) -> str:
-        """The name of its files in a run directory. Ids of thefts and removals are bare hashes, so a prefix says which
-        they are."""
+        """The name of its files in a run directory. Thefts and removals get a prefix, e.g. ``stolen-77aa…``, because
+        their ids are bare hashes."""
         kept = self.kept
         return kept.id if kept.role in ("benign", "victim") else f"{kept.role}-{kept.id}"
 
@@ -98,19 +98,20 @@ class Subject(ABC):
 
     @property
     def seed(self) -> int:
-        """The root's seed, from which all that derives from it has its own."""
+        """The seed of the root. All models that come from it share this seed."""
         *_, root = self.lineage
         assert isinstance(root, Trained)
         return root.own_seed
 
     @property
     def owner(self) -> OwnerModel:
-        """The owner's model that this one goes back to: itself, or the victim that it was stolen from."""
+        """The owner's model that this one goes back to, e.g. the victim that it was stolen from. An owner's model has
+        itself."""
         return next(each for each in self.lineage if isinstance(each, Trained | Marked))
 
     @property
     def theft(self) -> Stolen | None:
-        """The theft that this model goes back to; None for the owner's models and what is made from them directly."""
+        """The theft that this model goes back to. None for the owner's models and their direct removals."""
         return next((each for each in self.lineage if isinstance(each, Stolen)), None)
 
     @property
@@ -129,7 +130,7 @@ class Trained(Subject):
     own_seed: int
 
     def settings(self) -> list[Any]:
-        """What decides the weights, as plain data."""
+        """All that decides the weights, as plain data."""
         plain = [self.dataset.model_dump(mode="json"), self.own_architecture, self.training.model_dump(mode="json")]
         return [*plain, self.own_seed]
 
@@ -171,7 +172,7 @@ class Trained(Subject):
 
 @dataclass(frozen=True)
 class Marked(Subject):
-    """A victim: a model trained with a watermark, and its key, chosen by the filter. ``benign`` selects both."""
+    """A victim: a model trained with a watermark, and a key chosen by the filter. Both choices use ``benign``."""
 
     benign: Trained
     watermark: Watermark
@@ -189,7 +190,7 @@ class Marked(Subject):
 
     @cached_property
     def training_id(self) -> str:
-        """A hash of what decides the weights; the filter does not."""
+        """A hash of all that decides the weights. The filter does not."""
         return short_hash(*self.benign.settings(), self.watermark.model_dump(mode="json"))
 
     @cached_property
@@ -199,7 +200,7 @@ class Marked(Subject):
 
     @property
     def parent(self) -> Trained:
-        """The benign model: DeepTracer chooses its classes by it, and the filter its key samples."""
+        """The benign model: DeepTracer chooses its classes by it, and the filter chooses the key's samples by it."""
         return self.benign
 
     @property
@@ -225,11 +226,11 @@ OwnerModel = Trained | Marked
 class Stolen(Subject):
     """A stolen copy: a theft from ``victim`` in one or several stages, each from the copy of the stage before.
 
-    Several stages are one subject and not a chain of them, for they have one account and one seed.
+    Several stages are one subject, not a chain of subjects, because they have one account and one seed.
 
     Attributes:
         victim: the model that answers the first stage.
-        triggers_of: the victim whose triggers lie in a pool, where a pool asks for some.
+        triggers_of: the victim whose triggers lie in the pools; None if no pool asks for triggers.
     """
 
     victim: OwnerModel
@@ -253,17 +254,17 @@ class Stolen(Subject):
 
     @property
     def budget(self) -> int:
-        """Victim queries at most, in images: the first stage's."""
+        """The most victim queries, in images: the first stage's budget."""
         return self.stages[0].budget
 
     @property
     def attack(self) -> str:
-        """Its attacks as they stand in a row."""
+        """Its attacks as in a row, e.g. ``knockoff+knockoff``."""
         return "+".join(stage.attack.name for stage in self.stages)
 
     @property
     def work(self) -> int:
-        """About how many images are trained on. It decides which theft is started first, and nothing else."""
+        """A rough count of the images it trains on. It decides which theft starts first, and nothing else."""
         recipes = [getattr(stage.attack, "training", None) for stage in self.stages]
         epochs = [recipe.epochs if isinstance(recipe, Recipe) else 1 for recipe in recipes]
         return sum(stage.budget * count for stage, count in zip(self.stages, epochs, strict=True))
@@ -276,8 +277,8 @@ class Stolen(Subject):
 
     @property
     def accounts(self) -> dict[str, int]:
-        """Its accounts with the victim and the budget of each, in images: one in its own name, or one for each of the
-        colluding attackers."""
+        """The budget, in images, of each of its accounts with the victim. A lone attacker has one
+        account, named by the theft's id; each of the colluding ones has its own."""
         count = self.stages[0].accounts
         if count == 1:
             return {self.id: self.budget}
@@ -285,12 +286,12 @@ class Stolen(Subject):
         return {f"{self.id}.{i}": share for i, share in enumerate(shares)}
 
     def terms(self, account: str, token: str) -> Terms:
-        """What one of its accounts is opened for."""
+        """The terms on which one of its accounts is opened."""
         return Terms(self.victim.id, self.stages[0].labels, self.accounts[account], hash_token(token))
 
     @cached_property
     def id(self) -> str:
-        """See :attr:`Subject.id`. The victim's architecture is the same by its name as by none."""
+        """See :attr:`Subject.id`. No architecture and the victim's architecture by name give the same id."""
         own = {"architecture": None}
         stages = [
             stage.model_dump(mode="json") | (own if stage.architecture == self.victim.architecture else {})
@@ -302,11 +303,11 @@ class Stolen(Subject):
 
 @dataclass(frozen=True)
 class Removed(Subject):
-    """A model after a removal: a stolen copy, or the owner's model itself, washed by whoever holds it.
+    """A model after a removal: a stolen copy or the owner's own model, washed by a thief who has it.
 
     Attributes:
         target: the model that is washed.
-        pool: the images that the thief has for it; None for a removal that needs none.
+        pool: the images that the thief uses; None for a removal that needs none.
     """
 
     target: Subject
@@ -335,7 +336,7 @@ class Removed(Subject):
 
     @property
     def chain(self) -> tuple[Removed, ...]:
-        """The removals that made it, the first one first."""
+        """The removals that made it, in order."""
         return tuple(reversed([each for each in self.lineage if isinstance(each, Removed)]))
 
     @property
@@ -402,7 +403,7 @@ Suspect = Stolen | Removed | Guarded
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run makes, each kind in an order that respects what needs what."""
+    """All models that a run makes. In each kind a model comes after those that it needs."""
 
     benigns: tuple[Trained, ...]
     victims: tuple[Marked, ...]
@@ -431,8 +432,8 @@ class Plan:
         return {account: scenario.attack for scenario in self.scenarios for account in scenario.accounts}
 
     def keys_for(self, subject: Subject) -> tuple[Marked, ...]:
-        """The victims whose keys a model is measured with: its own victim's; for a control all of its seed, or only
-        the one whose triggers it was given."""
+        """The victims whose keys a model is measured with: its own victim. A control is measured with all keys of its
+        seed, or only with that of the victim whose triggers it was given."""
         owner, theft = subject.owner, subject.theft
         if isinstance(owner, Marked):
             return (owner,)
@@ -442,7 +443,7 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """The plan of a configuration. Controls come first: they can run while the marked victims are still training."""
+    """The plan of a configuration. Controls come first, because they can run while the marked victims still train."""
     benigns: list[Trained] = []
     victims: list[Marked] = []
     controls: list[Stolen] = []

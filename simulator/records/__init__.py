@@ -1,1 +1,1 @@
-"""What is written down: rows, detections, provenance."""
+"""The records of a run: rows, detections, provenance."""

@@ -1,4 +1,4 @@
-"""What detectors found, client by client, as ``detections/*.parquet``."""
+"""The findings of detectors, one record for each client, in ``detections/*.parquet``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Source = Literal["attack", "test", "held-out"]
 class ClientRecord(Settings):
     """One client and one detector.
 
-    ``id`` is a theft's ``scenario_id``, or the victim's id for benign clients; ``client`` the account, or the benign
-    client's number; ``attack`` is None for benign clients. The other fields are those of
-    :class:`simulator.detectors.base.Watch`; of a client that was not noticed, ``statistic`` is the most suspicious.
+    ``id`` is a theft's ``scenario_id``, or the victim's id for benign clients. ``client`` is the account, or the benign
+    client's number. ``attack`` is None for benign clients. The other fields are those of
+    :class:`simulator.detectors.base.Watch`. If the client was not noticed, ``statistic`` is its most suspicious value.
     """
 
     id: str
@@ -70,5 +70,5 @@ def write_detections(
 
 
 def detectors_json(detectors: Sequence[Detector]) -> str | None:
-    """The detectors as they stand in a row; None without any."""
+    """The detectors as the JSON list of a row; None without any."""
     return json.dumps([each.model_dump(mode="json") for each in detectors], sort_keys=True) if detectors else None

@@ -1,13 +1,12 @@
-"""Parquet parts: one file a record, written atomically, read back with their schema checked.
+"""Parquet parts: small files, written atomically, whose schema is checked when they are read.
 
 The Arrow schema of a folder follows from the pydantic model of its records (:func:`arrow_schema`).
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from simulator.component import Settings
 from simulator.errors import InputError
+from simulator.files import write_atomically
 
 SCHEMA_VERSION = 3
 
@@ -57,29 +57,13 @@ def write_part(path: Path, records: Sequence[Settings], schema: pa.Schema, confi
     """Write records as one Parquet file, atomically, with the schema version and the config in its metadata."""
     metadata = {"exsim.schema_version": str(SCHEMA_VERSION), "exsim.config": config_json}
     part = pa.Table.from_pylist([record.model_dump() for record in records], schema=schema)
-
-    def write(file: Path) -> None:
-        # Arrow's own copy of the schema would hold the metadata once more, which is most of a part of one row
-        with pq.ParquetWriter(file, schema, store_schema=False) as writer:
-            writer.add_key_value_metadata(metadata)
-            writer.write_table(part)
-
-    replace_file(path, write)
+    file = io.BytesIO()
+    # Arrow's own copy of the schema would hold the metadata once more, which is most of a part of one row
+    with pq.ParquetWriter(file, schema, store_schema=False) as writer:
+        writer.add_key_value_metadata(metadata)
+        writer.write_table(part)
+    write_atomically(path, file.getvalue())
     return path
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside ``path`` and move it there: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # hidden and with another suffix, so that a writer killed here leaves nothing that *.parquet would match
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_parts(folder: Path, schemas: Mapping[str, pa.Schema]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
@@ -89,14 +73,14 @@ def read_parts(folder: Path, schemas: Mapping[str, pa.Schema]) -> Iterator[tuple
         schemas: the columns of each schema version that is read.
 
     Yields:
-        The part, the config in its metadata as JSON, and a record of it.
+        ``(part, config, record)``: the file, the config in its metadata as JSON, and one of its records.
 
     Raises:
         InputError: a part is corrupt, of another schema version, or has not the columns of its version.
     """
     for path in sorted(folder.glob("part-*.parquet")):
         try:
-            with pq.ParquetFile(path) as file:  # not read_table: it would take a folder named a=b for a partition
+            with pq.ParquetFile(path) as file:  # read_table would take a folder named a=b for a partition
                 part = file.read()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from None

@@ -14,9 +14,10 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field, ValidationError
 
+from simulator.chain import Head
 from simulator.component import Settings, describe
 from simulator.errors import InputError
-from simulator.records.parquet import replace_file
+from simulator.files import write_atomically
 
 
 class Host(Settings):
@@ -28,7 +29,10 @@ class Host(Settings):
 
 
 class RunInfo(Settings):
-    """``run.json``: how the rows beside it came to be. Change it with ``info.model_copy(update={...})``."""
+    """``run.json``: how the rows beside it came to be. Change it with ``info.model_copy(update={...})``.
+
+    ``account`` is the head of the query account when the run last ended, or None where none has ended yet.
+    """
 
     name: str
     status: Literal["running", "done", "failed", "interrupted"]
@@ -42,6 +46,7 @@ class RunInfo(Settings):
     versions: dict[str, str]
     host: Host
     config_sha256: str
+    account: Head | None = None
     warnings: list[str] = Field(default_factory=list)
 
 
@@ -67,9 +72,9 @@ def collect_provenance(
 
 def write_run_info(run_dir: Path, info: RunInfo) -> Path:
     """Write ``run.json``, atomically."""
-    checked = RunInfo.model_validate(info.model_dump())  # model_copy(update=...) checks nothing
+    checked = RunInfo.model_validate(info.model_dump())  # because model_copy(update=...) checks nothing
     path = run_dir / "run.json"
-    replace_file(path, lambda file: file.write_text(checked.model_dump_json(indent=2) + "\n", encoding="utf-8"))
+    write_atomically(path, (checked.model_dump_json(indent=2) + "\n").encode())
     return path
 
 
@@ -106,7 +111,7 @@ def _git(source: Path) -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", source.name)  # installed inside somebody else's checkout: not our commit
+        git("ls-files", "--error-unmatch", source.name)  # fails in a foreign checkout that we are installed in
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -1,9 +1,9 @@
-"""What a run leaves behind: its rows (Parquet).
+"""The rows of a run, in Parquet.
 
 One row is one measured model and one ownership test: a benign model, a watermarked victim, a stolen copy, or one of
-them after a removal, measured with the key of one watermark. Rows are tidy: rates are fractions in [0, 1], and a failed
-scenario is a row with its error, never a missing one. Every row is a Parquet file of its own, so that writers never
-share a file and a killed run keeps what it had; ``results/*.parquet`` reads as one table in DuckDB, Polars and pandas.
+them after a removal, measured with the key of one watermark. Rates are fractions in [0, 1]. A failed scenario is a row
+with its error, never a missing row. Every row is a Parquet file of its own, so that writers never share a file and a
+killed run keeps what it had; ``results/*.parquet`` reads as one table in DuckDB, Polars and pandas.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Row(Settings):
     """One measured model. Rates are fractions in [0, 1]; times are aware of their zone; ``*_params`` are JSON objects
     (of an attack in several stages, or of several removals, a list of them).
 
-    ``watermark`` is the scheme whose key the model was measured with, ``victim`` whose answers were stolen: a victim's
-    id, or ``"benign"`` for a control (and for the benign model itself). ``parent`` is the id of the model that this one
-    was made from: the one that answered the thief, the one that a removal began with, or a victim's benign model. It is
-    None for a model trained from nothing, and in rows of schema version 2, which did not say it.
+    ``watermark`` is the scheme whose key the model was measured with. ``victim`` is the id of the model whose answers
+    were stolen, or ``"benign"`` for a control and for the benign model itself. ``parent`` is the id of the model that
+    this one was made from: the one that answered the thief, the target of a removal, or a victim's benign model. It is
+    None for a model trained from nothing, and in rows of schema version 2, which lacked it.
 
     A row of the role ``"removed"`` is a victim or a copy after a removal, with the columns of that model; ``removal``
     names it. Several removals are one name each, joined by ``+``: ``"fine_tuning+pruning"``. The accuracy that it cost
@@ -65,15 +65,14 @@ class Row(Settings):
     test images that it flags, ``flagged_key`` that of the key, and ``flagged_auc`` the area under the ROC curve of its
     suspicion between the two.
 
-    ``test`` names the ownership test and ``threshold`` is the WSR above which ``verified`` is true. ``key_filter`` says
-    what chose the key's samples: the stages of the filter, ``"none"``, ``"first"`` or ``"both"``, and behind a colon
-    what went otherwise, e.g. ``"both: surrogate never triggered"``.
+    ``test`` names the ownership test and ``threshold`` is the WSR above which ``verified`` is true. ``key_filter``
+    names the stages of the filter that chose the key's samples, ``"none"``, ``"first"`` or ``"both"``, and after a
+    colon what went otherwise, e.g. ``"both: surrogate never triggered"``.
 
-    ``detectors`` is the JSON list of the detectors
-    that watched a theft's accounts, ``detected_at`` the images that an account had been answered when it was noticed,
-    the least of all accounts and detectors (None: never), ``false_alarms`` the share of a victim's simulated benign
-    clients that they notice. Not every field applies to every role; what does not apply, or failed before it was known,
-    is None.
+    ``detectors`` is the JSON list of the detectors that watched a theft's accounts. ``detected_at`` is how many images
+    an account had been answered when it was noticed: the least over all accounts and detectors, None for never.
+    ``false_alarms`` is the share of a victim's simulated benign clients that the detectors notice. A field is None if
+    it does not apply to the role, or if the scenario failed before it was known.
     """
 
     scenario_id: ScenarioId
@@ -139,10 +138,11 @@ class Row(Settings):
 
     @property
     def identity(self) -> tuple[str, str, str, str, str, str]:
-        """``(scenario_id, role, watermark, victim, watermark_params, test)``: a run holds at most one row of each.
+        """``(scenario_id, role, watermark, victim, watermark_params, test)``: a run holds at most one row for each
+        identity.
 
-        A control is measured with the key of every watermark, so one scenario can have several rows; the parameters
-        belong to the identity because a grid over a loss weight has several keys of one scheme.
+        A control is measured with the key of every watermark, so one scenario can have several rows. The parameters
+        belong to the identity, because a grid over a loss weight gives several keys of one scheme.
         """
         return (self.scenario_id, self.role, self.watermark, self.victim, self.watermark_params, self.test)
 
@@ -156,11 +156,11 @@ class Row(Settings):
 
     @property
     def by_construction(self) -> bool:
-        """Whether the WSR is what the key filter makes it.
+        """Whether the key filter alone decides the WSR.
 
-        The filter drops what *this* benign model answers with the key's label, and keeps only what *this* victim
-        answers so: 0 and 1 could not have been another rate, and have no interval. A filter that nothing passed has
-        chosen nothing.
+        The filter drops the samples that *this* benign model answers with the key's label, and keeps only those that
+        *this* victim answers so. Their rates are 0 and 1 by construction, and have no interval. A filter that nothing
+        passed has chosen nothing.
         """
         note = self.key_filter or "none"
         chosen = note != "none" and not note.endswith("nothing passed the filter")
@@ -180,10 +180,10 @@ _SCHEMAS = {"2": pa.schema([column for column in SCHEMA if column.name not in AD
 def write_row(run_dir: Path, row: Row, config_json: str) -> Path:
     """Write ``row`` as ``results/part-<scenario_id>-<hash of its identity>.parquet``, atomically.
 
-    A row of the same identity is replaced, so a repeated scenario is never counted twice; but one that is good never
-    by a failure. The schema version and ``config_json`` (the resolved config) go into the Parquet metadata.
+    A row of the same identity is replaced, so a repeated scenario is never counted twice. A failure does not replace a
+    good row. The schema version and ``config_json`` (the resolved config) go into the Parquet metadata.
     """
-    # schema version 2 had no tests: a row of "wsr" replaces its row there
+    # schema version 2 had no tests, so a row of the test "wsr" has the file name that it had there
     names = row.identity[:-1] if row.test == "wsr" else row.identity
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:10]
     path = run_dir / "results" / f"part-{row.scenario_id}-{digest}.parquet"
@@ -197,7 +197,7 @@ def write_row(run_dir: Path, row: Row, config_json: str) -> Path:
 def read_rows(run_dir: Path) -> list[Row]:
     """Every row of a run in the order of :func:`sorted_rows`; none if nothing has been measured yet.
 
-    Rows of schema version 2 are read, too: what they lack comes from the config that stands beside them.
+    Rows of schema version 2 are read, too. The columns that they lack come from the config in their metadata.
 
     Raises:
         InputError: ``run_dir`` is no run, or a part file is corrupt, of another schema version, or not a row.

@@ -1,1 +1,1 @@
-"""What is read: tables, plots and pages, from the records alone."""
+"""The reports: tables, plots and pages, made from the records alone."""

@@ -1,9 +1,9 @@
-"""Rows → the lines of a report: seeds merged, every stolen copy beside its control, every doubt named.
+"""Turns rows into the lines of a report: merges seeds, puts each stolen copy beside its control, and names all doubts.
 
-A line stands for the rows that differ in their seed alone. The control of a stolen line is the same attack on the
-benign victim, measured with the same key: what the WSR would be if nothing had been stolen from a watermarked victim.
-The control of a victim is the benign model measured with the victim's key. A model after a removal, or behind an
-evasion, has a line below the one it was made from, and its control went the same way.
+A line stands for rows that differ only in their seed. The control of a stolen line is the same attack on the benign
+victim, measured with the same key: it shows the WSR without any theft from a watermarked victim. The control of a
+victim is the benign model measured with the victim's key. A model after a removal, or behind an evasion, has a line
+below the one it was made from, and its control went the same way.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(frozen=True)
 class Line:
-    """Rows that differ in their seed alone (or one failed row), and the rows of their controls, of any status."""
+    """Rows that differ only in their seed (or one failed row), and the rows of their controls, of any status."""
 
     rows: tuple[Row, ...]
     controls: tuple[Row, ...] = ()
 
     @property
     def row(self) -> Row:
-        """The first row, for everything that all of them share."""
+        """The first row, for the columns that all of them share."""
         return self.rows[0]
 
     @property
@@ -62,7 +62,7 @@ def is_control(row: Row) -> bool:
 
 
 def thresholds(rows: Iterable[Row]) -> list[float]:
-    """The WSRs above which models count as stolen, ascending: one, unless several tests or runs are shown."""
+    """The WSRs above which models count as stolen, ascending. There is one, unless several tests or runs are shown."""
     return sorted({row.threshold for row in rows if row.threshold is not None})
 
 
@@ -86,7 +86,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     victims = {row.victim: row for row in ordered if row.role == "victim"}
 
     def same(row: Row) -> tuple[Hashable, ...]:
-        # two victims of one watermark may differ in architecture, which the rows of their stolen copies do not say
+        # two victims of one watermark may differ in architecture, and a stolen copy's row does not name its victim's
         source = victims.get(row.victim)
         return (row.role, *_setting(row), source.architecture if source else None)
 
@@ -102,7 +102,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
 
 def doubts(found: Sequence[Line]) -> list[str]:
-    """What a reader must know before believing the table: warnings of rows, false claims, missing controls."""
+    """Sentences that a reader must know before believing the table: warnings, false claims, missing controls."""
     labels = Labels(found)
     notes: list[str] = []
     for line in found:
@@ -122,7 +122,7 @@ def doubts(found: Sequence[Line]) -> list[str]:
 
 
 class Labels:
-    """Short names for watermarks and attacks that say only the parameters in which the lines of a report differ."""
+    """Short names for watermarks and attacks. They name only the parameters in which the lines of a report differ."""
 
     def __init__(self, found: Sequence[Line]) -> None:
         rows = [row for line in found for row in (*line.rows, *line.controls)]
@@ -137,12 +137,13 @@ class Labels:
         self._architectures = len({row.architecture for row in stolen}) > 1
 
     def watermark(self, row: Row) -> str:
-        """``"deeptracer(margin=2)"``."""
+        """The watermark's name, e.g. ``"deeptracer(margin=2)"``."""
         return _named(row.watermark, row.watermark_params, self._watermark)
 
     def attack(self, row: Row) -> str:
-        """``"knockoff(adaptive) then pruning(ratio=0.4) behind outliers(lof)"``; the role of a model that was not
-        stolen."""
+        """The attack's name, e.g. ``"knockoff(adaptive) then pruning(ratio=0.4) behind outliers(lof)"``. A model that
+        was
+        not stolen has its role."""
         name = f"{row.origin}{' model' if row.origin == 'benign' else ''}"
         if row.attack is not None:
             name = _named(row.attack, row.attack_params, self._attack)
@@ -159,24 +160,24 @@ class Labels:
         return _named(row.removal or "", row.removal_params, self._removal)
 
     def panel(self, row: Row) -> str:
-        """The watermark, and the data set and the ownership test if the report holds several."""
+        """The watermark; also the data set and the ownership test, if the report holds several."""
         varied = [row.dataset if self.datasets else None, row.test if self.tests else None]
         return ", ".join(part for part in (self.watermark(row), *varied) if part)
 
     def series(self, row: Row) -> str:
-        """The attack with its answers, and whatever else varies, but for the watermark, the budget and the seed."""
+        """The attack with its answers; also pool and architecture, if they vary."""
         varied = [row.pool if self._pools else None, row.architecture if self._architectures else None]
         return ", ".join(part for part in (self.attack(row), row.labels, *varied) if part)
 
     def full(self, line: Line) -> str:
-        """One line that tells a line of the report from the others, for warnings and errors."""
+        """The full name of a line, for warnings and errors."""
         row = line.row
         budget = None if row.budget is None else f"{row.budget} queries"
         return ", ".join(part for part in (self.panel(row), self.series(row), budget) if part)
 
 
 def _setting(row: Row) -> tuple[Hashable, ...]:
-    """What a row and its control share, but for the seed."""
+    """The columns that a row and its control share, without the seed."""
     return (
         *(row.dataset, row.watermark, row.watermark_params, row.architecture, row.attack, row.attack_params),
         *(row.labels, row.pool, row.stage, row.removal, row.removal_params, row.evasion, row.evasion_params),
@@ -193,7 +194,8 @@ def _controls(line: Line, same_setting: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _by_seed(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
-    """Split a group in which a seed occurs twice: it holds several victims, or settings that no column shows."""
+    """Splits a group in which a seed occurs twice, because it holds several victims, or settings that no column
+    shows."""
     splits: list[Callable[[Row], Hashable]] = [lambda _: None, lambda row: row.victim, lambda row: row.scenario_id]
     groups: list[tuple[Row, ...]] = []
     for split in splits:
@@ -211,7 +213,7 @@ def _group(rows: Iterable[Row], key: Callable[[Row], T]) -> dict[T, list[Row]]:
 
 
 def _differing(named: Iterable[tuple[str, str | None]]) -> dict[str, set[str]]:
-    """For every name the parameters that do not have one value in all its occurrences."""
+    """For every name, the parameters that vary between its occurrences."""
     seen: dict[str, list[dict[str, object]]] = {}
     for name, params in dict.fromkeys(named):
         seen.setdefault(name, []).append(_params(params))
@@ -228,7 +230,8 @@ def _named(name: str, params: str | None, differing: dict[str, set[str]]) -> str
 
 
 def _params(text: str | None) -> dict[str, object]:
-    """The parameters in a row's JSON by their dotted paths; those of several stages, a list, as ``stage1.epochs``."""
+    """The parameters in a row's JSON by their dotted paths. Those of several stages, a list, become
+    ``stage1.epochs``."""
     values = json.loads(text or "{}")
     if isinstance(values, list):
         values = {f"stage{at}": stage for at, stage in enumerate(values, 1)}
@@ -245,4 +248,4 @@ def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def _value(key: str, value: object) -> str:
-    return value if isinstance(value, str) else f"{key}={json.dumps(value)}"  # a word says itself what it is
+    return value if isinstance(value, str) else f"{key}={json.dumps(value)}"  # a word explains itself

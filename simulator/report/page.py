@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from simulator.files import write_atomically
 from simulator.records.provenance import RunInfo
 
 NONE = "–"
@@ -19,8 +20,8 @@ Of = TypeVar("Of")
 
 @dataclass(frozen=True)
 class Column(Generic[Of]):
-    """A column of a table: its name in the code, its heading and what it says of a line. Text stands left, numbers
-    stand right."""
+    """A column of a table: its name in the code, its heading, and the function that gives a line's cell. Text stands
+    left, numbers right."""
 
     key: str
     heading: str
@@ -29,12 +30,12 @@ class Column(Generic[Of]):
 
 
 def printable(text: str) -> str:
-    """One line without control characters: an error may hold a traceback, or the escape codes of a terminal."""
+    """Text as one line without control characters. An error may hold a traceback, or the escape codes of a terminal."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def markdown_cell(text: str) -> str:
-    """Text as it may stand in a cell of a Markdown table."""
+    """Text, escaped for a cell of a Markdown table."""
     escaped = html.escape(printable(text), quote=False)
     for letter in "\\|*_`[]~":
         escaped = escaped.replace(letter, "\\" + letter)
@@ -51,7 +52,7 @@ def markdown_table(columns: Sequence[Column[Of]], lines: Sequence[Of]) -> list[s
 
 
 def facts(info: RunInfo) -> list[tuple[str, str]]:
-    """Where a run's figures come from: names and values for its page."""
+    """The provenance of a run, as names and values for its page."""
     took = NONE if info.finished is None else str(info.finished - info.started).partition(".")[0]
     commit = NONE if info.git_commit is None else info.git_commit + (" + changes" if info.git_dirty else "")
     return [
@@ -74,6 +75,7 @@ def write_page(
     info: RunInfo,
     markdown: str,
     drawn: Mapping[str, str | None],
+    more: Sequence[tuple[str, str]] = (),
     **values: Any,
 ) -> Path:
     """Writes a report's folder; returns the path of its ``index.html``.
@@ -82,18 +84,18 @@ def write_page(
         template: which extends ``base.html``.
         markdown: what ``table.md`` holds.
         drawn: SVGs by name, each a file of its own; one that could not be drawn is None, and its old file goes.
+        more: facts beside those of ``info``: names and values.
         values: what the template asks for; the inlined plots are ``svgs``, and ``info`` and ``facts`` are there.
     """
-    from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
+    from simulator.report import plots  # imported late: matplotlib takes a while, and the terminal's table does without
 
-    report.mkdir(exist_ok=True)
     for name, svg in drawn.items():
         file = report / f"{name}.svg"
         if svg is None:
             file.unlink(missing_ok=True)
         else:
-            file.write_text(svg, encoding="utf-8")
-    (report / "table.md").write_text(markdown, encoding="utf-8")
+            write_atomically(file, svg.encode())
+    write_atomically(report / "table.md", markdown.encode())
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent / "templates"]),
         autoescape=True,
@@ -103,6 +105,6 @@ def write_page(
     )
     svgs = {name: plots.inline(svg, name) for name, svg in drawn.items() if svg}
     page = report / "index.html"
-    text = environment.get_template(template.name).render(info=info, facts=facts(info), svgs=svgs, **values)
-    page.write_text(text, encoding="utf-8")
+    text = environment.get_template(template.name).render(info=info, facts=[*facts(info), *more], svgs=svgs, **values)
+    write_atomically(page, text.encode())
     return page

@@ -1,7 +1,7 @@
 """The plots of a report: WSR against accuracy, after removals too, and both against the query budget.
 
-Made with :class:`matplotlib.figure.Figure` alone: no pyplot, no global state, no display. The same rows give the same
-SVG, byte for byte. Colour and shape of a marker say the attack, a hollow marker is a control.
+They use :class:`matplotlib.figure.Figure` alone: no pyplot, no global state, no display. The same rows give the same
+SVG, byte for byte. A marker's colour and shape show the attack. A hollow marker is a control.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from simulator.records.rows import Row
 from simulator.report.lines import Labels, Line, is_control, stat, thresholds
 from simulator.report.removals import Outcome
 
-#: Okabe and Ito's palette, told apart by the colour-blind; without yellow and black, which vanish on light or dark
+#: Okabe and Ito's palette for the colour-blind, without yellow and black, which vanish on light or dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "<", ">")
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#8b949e"
@@ -32,15 +32,17 @@ STYLE = {
     **{"figure.facecolor": PAPER, "axes.facecolor": PAPER, "axes.spines.top": False, "axes.spines.right": False},
     **{"axes.grid": True, "grid.color": GRID, "grid.alpha": 0.25, "legend.frameon": False, "svg.hashsalt": "exsim"},
 }
-#: points of WSR by which a control is moved at most
+#: most points of WSR by which a control is moved
 JITTER = 1.5
+#: points of accuracy that a removal may cost and still be shown where it lies
+DEAREST = 30
 _BARE = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def wsr_vs_accuracy(found: Sequence[Line]) -> str:
-    """One point a measured model with the Wilson interval of its WSR, one panel a watermark; SVG.
+    """An SVG with a panel for each watermark and a point, with the Wilson interval of its WSR, for each measured model.
 
-    Controls, which often have the same WSR of 0, are moved up or down by at most :data:`JITTER`, each always alike.
+    Controls often share a WSR of 0, so each is moved up or down by at most :data:`JITTER`, always by the same amount.
     A WSR that is by construction has no interval.
     """
     labels = Labels(found)
@@ -76,10 +78,11 @@ def wsr_vs_accuracy(found: Sequence[Line]) -> str:
 
 
 def budget_curves(found: Sequence[Line]) -> str | None:
-    """WSR and accuracy against the query budget, one row of panels a watermark, SVG; None if no budget was varied.
+    """WSR and accuracy against the query budget, with a row of panels for each watermark. SVG; None if no budget
+    varies.
 
-    A curve is an attack with its answers, pool and architecture; dotted and hollow is its control. Several seeds are
-    drawn as their mean with one standard deviation, one seed with its Wilson interval.
+    A curve is an attack with its answers, pool and architecture. Its control is dotted and hollow. Several seeds are
+    drawn as their mean with one standard deviation, a single seed with its Wilson interval.
     """
     labels = Labels(found)
     curves: dict[tuple[str, str], list[Line]] = {}
@@ -121,9 +124,9 @@ def budget_curves(found: Sequence[Line]) -> str | None:
 
 
 def inline(svg: str, name: str) -> str:
-    """The SVG as it may stand in a page: transparent, in the page's text colour, naming no address.
+    """An SVG made fit for a page: transparent, in the page's text colour, without addresses.
 
-    ``name`` goes before every id, as several plots in one page would share those of their letters and markers.
+    ``name`` is put before every id: several plots in one page would else share the ids of letters and markers.
     """
     body = svg[svg.index("<svg") :].replace(f"fill: {PAPER}", "fill: none").replace(INK, "currentColor")
     body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body, count=2).replace("xlink:href=", "href=")
@@ -155,7 +158,7 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _jitter(row: Row) -> float:
-    """How far a control is moved, in points: the same for the same row, whatever is drawn beside it."""
+    """How far a control is moved, in points. A row always gets the same value, whatever is drawn beside it."""
     return JITTER * (zlib.crc32("/".join(row.identity[:-1]).encode()) / 2**31 - 1) if is_control(row) else 0.0
 
 
@@ -202,7 +205,7 @@ def _curve(
 
 
 def _thresholds(axes: Axes, rows: Iterable[Row]) -> None:
-    """The line above which a model counts as stolen; its label stands outside the axes, where no point can be."""
+    """Draws the line above which a model counts as stolen. Its label stands outside the axes, where no point can be."""
     for threshold in thresholds(rows):
         axes.axhline(100 * threshold, color=INK, linestyle="--", linewidth=1)
         place = axes.get_yaxis_transform()
@@ -220,7 +223,7 @@ def _handle(look: tuple[str, str], *, label: str, line: Literal["-", ":", ""] = 
 
 
 def svg_of(figure: Figure) -> str:
-    """A figure as SVG, without what differs from one drawing to the next."""
+    """A figure as SVG, without the date and other parts that change from one drawing to the next."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_BARE)
     return buffer.getvalue()
@@ -229,28 +232,31 @@ def svg_of(figure: Figure) -> str:
 def after_the_theft(found: Sequence[Outcome], labels: Labels) -> str:
     """WSR against accuracy of every removal, one panel a washed model, SVG.
 
-    The star is the model before any removal; the shaded part is what a thief can afford. Hollow are the controls.
+    The star is the model before any removal; the shaded part is what a thief can afford. Hollow are the controls. What
+    costs more than :data:`DEAREST` points stands at the left edge.
     """
+    found = sorted(found, key=lambda each: labels.panel(each.source.row))  # a victim beside its copies
     looks = _looks(sorted({line.row.removal or "" for each in found for line, _ in each.removals}))
     with matplotlib.style.context(["default", STYLE]):
-        columns = min(3, len(found))
+        columns = min(2 if len(found) < 7 else 4, len(found))
         down = -(-len(found) // columns)
-        figure = Figure(figsize=(2.6 + 3.4 * columns, 1.0 + 3.0 * down))
+        figure = Figure(figsize=(2.0 + 2.9 * columns, 1.0 + 2.7 * down))
         figure.set_layout_engine("constrained")
         grid = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
         for at, axes in enumerate(grid.flat):
             axes.set_visible(at < len(found))
-        for at, (axes, each) in enumerate(zip(grid.flat, found, strict=False)):
-            before = stat(row.accuracy for row in each.source.rows)
-            assert before is not None
+        before = [stat(row.accuracy for row in each.source.rows) for each in found]
+        left = max(0.0, min(100 * rate.mean for rate in before if rate is not None) - DEAREST)
+        for at, (axes, each, rate) in enumerate(zip(grid.flat, found, before, strict=False)):
+            assert rate is not None
             name = each.source.row.attack or each.source.row.role
-            axes.set(title=f"{labels.panel(each.source.row)}, {name}", ylim=(-4, 104), xlim=(0, 102))
-            axes.axvspan(100 * (before.mean - each.allowed), 102, color=GRID, alpha=0.25, linewidth=0)
+            axes.set(title=f"{labels.panel(each.source.row)}, {name}", ylim=(-4, 104), xlim=(left - 1.5, 101.5))
+            axes.axvspan(100 * (rate.mean - each.allowed), 101.5, color=GRID, alpha=0.25, linewidth=0)
             _thresholds(axes, each.source.rows)
             for line, _ in each.removals:
                 for group, hollow in ((line.good_controls, True), (line.rows, False)):
-                    _removal(axes, group, looks[line.row.removal or ""], hollow)
-            _removal(axes, each.source.rows, (INK, "*"), hollow=False)
+                    _removal(axes, group, looks[line.row.removal or ""], left, hollow=hollow)
+            _removal(axes, each.source.rows, (INK, "*"), left)
             if at % columns == 0:
                 axes.set_ylabel("WSR, %")
             if at + columns >= len(found):
@@ -264,9 +270,13 @@ def after_the_theft(found: Sequence[Outcome], labels: Labels) -> str:
         return svg_of(figure)
 
 
-def _removal(axes: Axes, rows: Iterable[Row], look: tuple[str, str], hollow: bool) -> None:
+def _removal(axes: Axes, rows: Iterable[Row], look: tuple[str, str], left: float, *, hollow: bool = False) -> None:
     colour, marker = look
-    points = [(100 * row.accuracy, 100 * row.wsr) for row in rows if row.accuracy is not None and row.wsr is not None]
+    points = [
+        (max(left, 100 * row.accuracy), 100 * row.wsr)
+        for row in rows
+        if row.accuracy is not None and row.wsr is not None
+    ]
     size = 12 if marker == "*" else 4 if hollow else 7
     style: dict[str, Any] = {"markersize": size, "markerfacecolor": "none" if hollow else colour, "linestyle": ""}
     for x, y in points:

@@ -1,7 +1,7 @@
 """The report of a run: a table for the terminal, ``table.md``, the plots, and one self-contained HTML page.
 
-It reads nothing but the run directory, so a report can be made again anywhere, at any time, also of a run that still
-goes on. What it says comes from ``results/`` and ``run.json``; ``config.yaml`` is shown as it is.
+It reads only the run directory, so a report can be made again anywhere and at any time, also of a run that still goes
+on. Its figures come from ``results/`` and ``run.json``; ``config.yaml`` is shown unchanged.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from simulator.errors import InputError
+from simulator.files import demand_plain
 from simulator.records.provenance import RunInfo, read_run_info
 from simulator.records.rows import Row, read_rows
 from simulator.report import page, removals
+from simulator.report.account import audit_run
 from simulator.report.lines import Labels, Line, doubts, lines, stat, thresholds
 from simulator.report.page import NONE, Column, markdown_cell, printable
+from simulator.service.audit import Audit
 
 LEGEND = (
     "WSR: watermark success rate with its 95 % Wilson interval; several seeds: mean ± standard deviation. "
@@ -36,7 +39,7 @@ FILTERED = (
 
 
 def columns(found: Sequence[Line]) -> list[Column[Line]]:
-    """The columns that say something about at least one of the lines."""
+    """The columns that are filled in at least one line."""
     labels = Labels(found)
     every = [
         Column("dataset", "dataset", lambda line: line.row.dataset if labels.datasets else NONE, text=True),
@@ -66,11 +69,11 @@ def columns(found: Sequence[Line]) -> list[Column[Line]]:
     return [column for column in every if column.key in needed or any(column.cell(line) != NONE for line in found)]
 
 
-# Known of victims alone: where space is dear they stand with the victim, not in columns.
+# Only victims have these rates. Where space is short, they stand beside the victim, not in columns.
 _OF_VICTIMS = {"false_trigger": "false trigger", "false_alarms": "false alarms"}
 
-# What goes when the terminal is too narrow, first to last. What tells lines apart moves into the attack's cell, and the
-# size of a key, without which no verdict can be judged, into the watermark's.
+# Columns that leave a narrow terminal, first to last. Those that tell lines apart move into the attack's cell. The size
+# of a key moves into the watermark's cell, because no verdict can be judged without it.
 _GOES = (
     *("flagged_auc", "queries", "agreement", "seeds", "architecture", "pool", "dataset", "test"),
     *("flagged_benign", "flagged_key", "key", "verified", "labels"),
@@ -78,7 +81,8 @@ _GOES = (
 
 
 def _noticed(line: Line) -> str:
-    """After how many answered images a detector noticed the theft: the median over the seeds in which one did."""
+    """The number of answered images after which a detector noticed the theft: the median over the seeds with a
+    notice."""
     watched = [row for row in line.rows if row.role == "stolen" and row.detectors is not None]
     times = [row.detected_at for row in watched if row.detected_at is not None]
     if not watched:
@@ -92,7 +96,8 @@ def _noticed(line: Line) -> str:
 def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
     """The rows as a table at most ``width`` characters wide.
 
-    What does not fit leaves, columns that say the same of every attack first; a note below the table says so.
+    Columns that do not fit are left out, first those that say the same of every attack. A note below the table names
+    them.
     """
     found = lines(rows)
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
@@ -118,8 +123,12 @@ def render_table(rows: Iterable[Row], *, width: int = 120) -> Table:
     return table
 
 
-def markdown_table(rows: Iterable[Row]) -> str:
-    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below."""
+def markdown_table(rows: Iterable[Row], account: str | None = None) -> str:
+    """The whole table as GitHub-flavoured Markdown, with its legend, the doubts and the errors below.
+
+    Args:
+        account: what an audit says of the query account.
+    """
     found = lines(rows)
     text = [*page.markdown_table(columns(found), found), "", _legend(found), ""]
     if after := removals.outcomes(found):
@@ -127,23 +136,29 @@ def markdown_table(rows: Iterable[Row]) -> str:
         text += ["## After the theft", "", *page.markdown_table(shown, after), "", removals.legend(after), ""]
     text += [f"- **Warning:** {markdown_cell(note)}" for note in doubts(found)]
     text += [f"- **Failed:** {markdown_cell(error)}" for error in _errors(found)]
+    text += [] if account is None else [f"- {markdown_cell(account)}"]
     return "\n".join(text).rstrip() + "\n"
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, account: Audit | None = None) -> Path:
     """Write ``report/`` and return the path of its ``index.html``.
 
+    Args:
+        account: the audit of the run's query account, if it was made already.
+
     Raises:
-        InputError: ``run_dir`` is no run, holds no row yet, or holds a file that cannot be read.
+        InputError: ``run_dir`` is no run, holds no row yet, or holds a symbolic link or a file that cannot be read.
     """
     from simulator.report import plots  # matplotlib takes a while to import, and a table in the terminal does without
 
+    demand_plain(run_dir)
     info, rows = read_run_info(run_dir), read_rows(run_dir)
     if not rows:
         raise InputError(f"{run_dir} holds no results yet: there is nothing to report")
+    account = account or audit_run(run_dir)
     found = lines(rows)
     shown = [column for column in columns(found) if column.key not in _OF_VICTIMS]
-    told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts tell them by the line's name
+    told = {f"{row.victim}: {row.warning}" for row in rows if row.warning}  # doubts repeats these under the line's name
     alike = [column for column in shown if column.key in _ALIKE and len({column.cell(line) for line in found}) == 1]
     shown = [column for column in shown if column not in alike]
     before = [column for column in shown if column.key in _SETTING]
@@ -154,9 +169,10 @@ def write_report(run_dir: Path) -> Path:
         run_dir / "report",
         Path(__file__).parent / "templates" / "report.html",
         info,
-        markdown_table(rows),
+        markdown_table(rows, account.line()),
         drawn,
-        alarms=[*_alarms(info, found), *(each for each in info.warnings if each not in told), *doubts(found)],
+        more=[("query account", account.line().removeprefix("account: "))],
+        alarms=[*_alarms(info, found, account), *(each for each in info.warnings if each not in told), *doubts(found)],
         classes=_classes,
         cell=_page_cell,
         columns=shown,
@@ -175,12 +191,12 @@ def write_report(run_dir: Path) -> Path:
     )
 
 
-_ALIKE = ("architecture", "seeds")  #: columns that leave the page where they say the same of every line
+_ALIKE = ("architecture", "seeds")  #: columns left out of the page if they say the same of every line
 _SETTING = ("dataset", "watermark", "attack", "pool", "labels", "architecture", "budget", "queries", "seeds")
 
 
-def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
-    notes = []
+def _alarms(info: RunInfo, found: Sequence[Line], account: Audit) -> list[str]:
+    notes = [] if account.agrees else [account.line()]
     if info.status != "done":
         notes.append(f"this run is not complete (status: {info.status}); the table holds what it has measured so far")
     failures = sum(line.failed for line in found)
@@ -192,7 +208,7 @@ def _alarms(info: RunInfo, found: Sequence[Line]) -> list[str]:
 
 
 def _legend(found: Sequence[Line]) -> str:
-    """With a word on the rates that the key filter makes what they are, where there are such."""
+    """The legend. It explains rates that the key filter alone decides, if there are any."""
     made = any(row.by_construction for line in found for row in line.rows)
     return f"{LEGEND} {FILTERED}" if made else LEGEND
 
@@ -215,7 +231,7 @@ def _rich(found: Sequence[Line], shown: Sequence[Column[Line]], moved: Sequence[
         caption.append(f"\nfailed: {printable(error)}", style="not dim red")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_style="")
     for column in shown:
-        # names may fold, numbers may not
+        # names may wrap, numbers may not
         limit = {"watermark": 24, "attack": 30, "pool": 14, "architecture": 14}.get(column.key)
         align: Any = "left" if column.text else "right"
         heading = Text(_HEADINGS.get(column.key, column.heading))
@@ -248,7 +264,8 @@ def _cell(line: Line, column: Column[Line], moved: Sequence[Column[Line]]) -> st
 
 
 def _page_cell(line: Line, column: Column[Line]) -> list[str]:
-    """What stands in a cell of the page, and in small letters below: intervals, and what is known of victims alone."""
+    """A cell of the page: its text, then the lines in small letters below (intervals, and rates that only victims
+    have)."""
     text = column.cell(line)
     if column.key == "wsr" and text.endswith("]"):
         value, _, interval = text.partition(" ")
@@ -259,13 +276,13 @@ def _page_cell(line: Line, column: Column[Line]) -> list[str]:
 
 
 def _of_victims(line: Line) -> dict[str, str]:
-    """The rates that are known of victims alone, by their names."""
+    """The rates that only victims have, by their names."""
     rates = {label: _rate(line.rows, key) for key, label in _OF_VICTIMS.items()}
     return {label: rate for label, rate in rates.items() if rate != NONE}
 
 
 def _claim(line: Line, column: Column[Line]) -> str:
-    """How a cell bears on the verdict: ``yes``, ``partly``, ``false-claim``, or nothing."""
+    """What a cell says about the verdict: ``yes``, ``partly``, ``false-claim``, or nothing."""
     if column.key == "control" and any(row.verified for row in line.controls):
         return "false-claim"
     claimed = [row.verified for row in line.rows if row.verified is not None]
@@ -297,7 +314,7 @@ def _constant(found: Sequence[Line], shown: Sequence[Column[Line]]) -> list[str]
 
 
 def _rate(rows: Sequence[Row], field: str) -> str:
-    """``"91.2"``, ``"91.2 ± 0.4"`` for several seeds."""
+    """A rate in percent, e.g. ``"91.2"``, or ``"91.2 ± 0.4"`` for several seeds."""
     value = stat(getattr(row, field) for row in rows)
     if value is None:
         return NONE
@@ -305,7 +322,8 @@ def _rate(rows: Sequence[Row], field: str) -> str:
 
 
 def _wsr(rows: Sequence[Row]) -> str:
-    """As :func:`_rate`, ``"45.3 [38.1, 52.7]"`` for one seed, ``"100.0"`` where the filter made it so."""
+    """As :func:`_rate`, but ``"45.3 [38.1, 52.7]"`` for one seed, and ``"100.0"`` if the key filter alone decides
+    it."""
     if all(row.by_construction for row in rows):
         return f"{100 * (rows[0].wsr or 0):.1f}"
     low, high = rows[0].wsr_low, rows[0].wsr_high
@@ -314,14 +332,14 @@ def _wsr(rows: Sequence[Row]) -> str:
 
 
 def _key(line: Line) -> str:
-    """How many samples the key has, from its smallest to its largest over the seeds."""
+    """How many samples the key has; ``"90–100"`` if that varies over the seeds."""
     sizes = [row.key_samples for row in line.rows if row.key_samples is not None]
     return NONE if not sizes else str(sizes[0]) if len({*sizes}) == 1 else f"{min(sizes)}–{max(sizes)}"
 
 
 def _control(line: Line) -> str:
     if line.good_controls:
-        # without the interval: it has its own row in the data, and the column stays readable
+        # no interval, so that the column stays readable; the data has a row for it
         rows = line.good_controls
         return _wsr(rows) if all(row.by_construction for row in rows) else _rate(rows, "wsr")
     return "failed" if line.controls else NONE

@@ -14,13 +14,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import queue
 import secrets
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import requests
 import torch
+import urllib3
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -35,8 +39,12 @@ from simulator.service.query import Query
 TIMEOUT = (10.0, 120.0)
 #: seconds that a client goes on asking for a lost answer
 PATIENCE = 60.0
+#: seconds from the sending of a request to the last byte of its reply: ``TIMEOUT`` begins anew with every byte
+LIMIT = 180.0
 #: bytes of a reply at most; the largest answer of a door (see ``MAX_BYTES`` in query.py) is a third of it as JSON
 LARGEST_REPLY = 64 << 20
+#: seconds that a client waits before it asks again at most, whatever the server says
+LONGEST_PAUSE = 30.0
 #: statuses that the door sends while its service is being started again
 UNAVAILABLE = (502, 503, 504)
 NPY = "application/octet-stream"
@@ -120,59 +128,105 @@ class HttpClient:
         url: ``http://`` or ``https://`` and a host; for a door of ``exsim serve`` without a path.
         token: the bearer token, or None.
         patience: seconds for which a request without an answer is sent again.
+        limit: seconds that one reply may take to its last byte.
+        largest: bytes of a reply at most.
 
     Raises:
         InputError: the address or the token cannot be sent.
     """
 
-    def __init__(self, url: str, token: str | None = None, patience: float = PATIENCE) -> None:
-        self.url, self._patience = url.rstrip("/"), patience
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        patience: float = PATIENCE,
+        *,
+        limit: float = LIMIT,
+        largest: int = LARGEST_REPLY,
+    ) -> None:
+        self.url, self._patience, self._limit, self._largest = url.rstrip("/"), patience, limit, largest
         if not self.url.startswith(("http://", "https://")):
             raise InputError(f"{url!r} is no address; allowed: http://HOST:PORT or https://HOST:PORT")
         if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
             raise InputError("the token has characters that a header cannot carry; allowed: printable ASCII")
-        self._session = _Session()
         self._auth = None if token is None else _Bearer(token)
+        self._new_session()
+
+    def _new_session(self) -> None:
+        self._session = _Session()
+        # a few packed bytes may be gigabytes
+        self._session.headers["Accept-Encoding"] = "identity"
 
     def send(self, method: str, path: str, **request: Any) -> Any:
         """The JSON value of a successful reply.
 
         Raises:
-            BudgetExhausted: status 429.
+            BudgetExhausted: status 429, unless the reply says when to come again.
             Unreachable: nothing answers, or the answer is no JSON.
             InputError: the door refused the request otherwise; the message has the door's reason.
         """
         where, deadline, pause = self.url + path, time.monotonic() + self._patience, 0.2
         while True:
+            after = None
             try:
-                # a redirect could carry the token elsewhere
-                with self._session.request(
-                    method, where, auth=self._auth, timeout=TIMEOUT, allow_redirects=False, stream=True, **request
-                ) as reply:
-                    status, body = reply.status_code, _body(where, reply)
+                status, after, body = self._within(where, lambda: self._once(method, where, request))
             except InputError:
                 raise
             except (requests.ConnectionError, requests.Timeout) as error:
                 failure = f"{where}: not reachable: {_reason(error)}"
-            except (requests.RequestException, ValueError) as error:
+            except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
                 raise Unreachable(f"{where}: {_reason(error)}") from None
             else:
-                if status not in UNAVAILABLE:
+                if status not in UNAVAILABLE and (status != 429 or after is None):
                     return _value(where, status, body)
                 failure = _refusal(where, status, body)
-            if time.monotonic() + pause > deadline:
+            wait = max(pause, min(after or 0.0, LONGEST_PAUSE))
+            if time.monotonic() + wait > deadline:
                 raise Unreachable(failure)
-            time.sleep(pause)
+            time.sleep(wait)
             pause = min(2 * pause, 5.0)
 
+    def _once(self, method: str, where: str, request: dict[str, Any]) -> tuple[int, float | None, bytes]:
+        """The status, ``Retry-After`` in seconds, and the body of one reply."""
+        # a redirect could carry the token elsewhere
+        with self._session.request(
+            method, where, auth=self._auth, timeout=TIMEOUT, allow_redirects=False, stream=True, **request
+        ) as reply:
+            if packed := reply.headers.get("Content-Encoding"):
+                raise Unreachable(f"{where}: the reply is packed ({packed[:40]}), which was not asked for")
+            after = reply.headers.get("Retry-After", "")
+            wait = float(after) if after.isascii() and after.isdigit() and len(after) < 10 else None
+            return reply.status_code, wait, _body(where, reply, self._largest)
 
-def _body(where: str, reply: requests.Response) -> bytes:
-    """The body of a reply, unpacked, if it is not longer than :data:`LARGEST_REPLY`."""
+    def _within(self, where: str, work: Callable[[], tuple[int, float | None, bytes]]) -> Any:
+        """What ``work`` gives. It is given up, with its connection, after the limit: no timeout of a socket ends a
+        reply of a byte a second."""
+        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put((work(), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        threading.Thread(target=run, daemon=True, name="request").start()
+        try:
+            found, error = done.get(timeout=self._limit)
+        except queue.Empty:
+            self._new_session()
+            raise Unreachable(f"{where}: the reply took longer than {self._limit:g} s") from None
+        if error is not None:
+            raise error
+        return found
+
+
+def _body(where: str, reply: requests.Response, largest: int) -> bytes:
+    """The body of a reply, if it is not longer than ``largest`` bytes."""
     body = bytearray()
     for part in reply.iter_content(1 << 16):
         body += part
-        if len(body) > LARGEST_REPLY:
-            raise Unreachable(f"{where}: the reply is longer than {LARGEST_REPLY} bytes")
+        if len(body) > largest:
+            raise Unreachable(f"{where}: the reply is longer than {largest} bytes")
     return bytes(body)
 
 

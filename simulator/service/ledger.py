@@ -8,32 +8,36 @@ holds for every account. A grant is named by the account and by a key that the c
 same key and the same images is free, as a client does when an answer was lost on the way. The same key with other
 images is refused.
 
-The file is a log of lines ``<crc32> <json>``. A kill may tear the last line: it has no end then, was never
-acknowledged, and is cut off. Any other change to the file is damage, and the file is refused.
+The file is a log whose records are chained by hashes (:mod:`simulator.chain`). A kill may tear the last line: it has no
+end then, was never acknowledged, and is cut off. Any other change to the file is damage, and the file is refused.
 
-One process has the file at a time. It holds a lock, which the system takes from a killed process. Without the lock, the
-ledger of a killed driver could live on for a moment, and make grants that the next ledger would not know.
+Beside the log lies its head, ``head.json``: how many records there were when it was written, and the last one's hash. A
+log that does not hold its head was cut, edited, or replaced by an older copy, and is refused, too. The head is written
+when the ledger begins and ends, and every few seconds; so after a kill the log may be ahead of it.
+
+One process has the file at a time, by a lock that the system takes from a killed process. Without the lock, the ledger
+of a killed driver could live on for a moment, and make grants that the next ledger would not know.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
-import os
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from simulator import chain
+from simulator.chain import Head, Reader
 from simulator.errors import InputError
-from simulator.files import try_lock
+from simulator.files import Disk, Log
 
-#: seconds to wait until another process gives up the log
-PATIENCE = 60.0
+#: seconds after which a grant is followed by a new head
+HEAD_SECONDS = 5.0
 #: keys are natural numbers below this
 KEYS = 2**63
 #: characters of an unknown account's name that a message repeats
@@ -117,23 +121,23 @@ class Ledger:
         path: the log.
         sync: wait for the disk at every grant. Without it a grant survives every kill of a process, but not a crash of
             the whole machine.
+        disk: through which everything is written.
 
     Raises:
-        InputError: the log is damaged, or another process has it and does not end within :data:`PATIENCE` seconds.
+        InputError: the log is damaged, or does not hold its head, or another process has it and does not end in time
+            (see :class:`simulator.files.Log`).
     """
 
-    def __init__(self, path: Path, *, sync: bool = False) -> None:
-        self._path, self._sync = path, sync
+    def __init__(self, path: Path, *, sync: bool = False, disk: Disk | None = None) -> None:
+        self._path, self._disk = path, disk
         self._accounts: dict[str, _Account] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._log = Log(path, sync=sync, disk=disk)
         try:
-            self._lock()
-            end = self._replay()
-            os.ftruncate(self._file, end)
-            os.lseek(self._file, end, os.SEEK_SET)
+            self._kept = chain.read_head(path)
+            self._count, self._hash = self._replay()
+            self._keep_head()
         except BaseException:
-            os.close(self._file)
+            self._log.close()
             raise
 
     def open(self, account: str, terms: Terms) -> int:
@@ -142,8 +146,17 @@ class Ledger:
         if known is None:
             if terms.budget < 1:
                 raise Refused(f"account {account}: budget {terms.budget} is not at least 1")
-            self._write({"open": account, **terms.__dict__})
-            known = self._accounts[account] = _Account(terms)
+            record = {"open": account, **terms.__dict__}
+            if not _is(record, OPENED):
+                raise Refused(f"account {account}: the budget must be an integer, and victim, labels and token text")
+            before = self._count
+            try:
+                self._write([json.dumps(record, separators=(",", ":")).encode()])
+            finally:
+                if self._count > before:  # also where an interrupt came just after it was written
+                    self._accounts[account] = _Account(terms)
+            known = self._accounts[account]
+            self._keep_head_if_due()
         elif known.terms != terms:
             raise Refused(f"account {account} is already open on other terms: {known.terms}, not {terms}")
         return known.terms.budget - known.spent
@@ -169,6 +182,7 @@ class Ledger:
         """
         replies: list[Grant | Refused] = []
         fresh: list[Request] = []
+        before = self._count
         try:
             for asked in requests:
                 try:
@@ -180,13 +194,15 @@ class Ledger:
                 if grant.fresh:
                     fresh.append(asked)
             if fresh:
-                self._write(*({"a": new.account, "k": new.key, "n": new.count, "d": new.digest} for new in fresh))
+                self._write([_grant(asked) for asked in fresh])
         except BaseException:
-            for undone in fresh:
-                entry = self._accounts[undone.account]
-                del entry.grants[undone.key]
-                entry.spent -= undone.count
+            if self._count == before:  # else an interrupt came when all was written
+                for undone in fresh:
+                    entry = self._accounts[undone.account]
+                    entry.spent -= entry.grants.pop(undone.key)[0]
             raise
+        if fresh:
+            self._keep_head_if_due()
         return replies
 
     def _decide(self, asked: Request) -> Grant:
@@ -240,67 +256,96 @@ class Ledger:
         return dict(entry.grants) if entry else {}
 
     def close(self) -> None:
-        """Closes the log."""
-        os.close(self._file)
+        """Writes the head and closes the log.
 
-    def _write(self, *records: dict[str, Any]) -> None:
-        lines = b"".join(_line(record) for record in records)
-        start = os.lseek(self._file, 0, os.SEEK_CUR)
+        Raises:
+            InputError: somebody else has removed, replaced or changed the log.
+        """
         try:
-            if os.write(self._file, lines) != len(lines):  # a full disk
-                raise OSError(f"{self._path}: could not write the whole record")
-            if self._sync:
-                os.fdatasync(self._file)
-        except OSError:
-            # the grant is not given. Its record goes, or the next one would follow a torn line, or charge twice
-            os.ftruncate(self._file, start)
-            os.lseek(self._file, start, os.SEEK_SET)
-            raise
+            try:
+                self._log.check()
+            except OSError as error:
+                raise InputError(str(error)) from None
+            with suppress(OSError):  # a full disk: the log may be ahead of its head
+                self._keep_head()
+        finally:
+            self._log.close()
+
+    def _write(self, bodies: Sequence[bytes]) -> None:
+        """Adds records to the log; all are there, and counted, or none."""
+        hash_, lines = self._hash, []
+        for body in bodies:
+            hash_ = chain.step(hash_, body)
+            lines.append(chain.line(hash_, body))
+        block = b"".join(lines)
+        end = self._log.end + len(block)
+        try:
+            self._log.append(block)
+        finally:
+            if self._log.end == end:
+                self._count, self._hash = self._count + len(bodies), hash_
+
+    def _keep_head_if_due(self) -> None:
+        if time.monotonic() - self._kept_at >= HEAD_SECONDS:
+            with suppress(OSError):  # the log may be ahead of its head; it is tried again
+                self._keep_head()
+
+    def _keep_head(self) -> None:
+        """Writes the head, unless it is there. The log goes to the disk first: it must never be behind its head."""
+        head = Head(count=self._count, hash=self._hash.hex())
+        if head != self._kept:
+            self._log.sync()
+            chain.write_head(self._path, head, self._disk)
+            self._kept = head
+        self._kept_at = time.monotonic()
 
     def _find(self, account: str) -> _Account | None:
         return self._accounts.get(account) if type(account) is str else None
 
-    def _lock(self) -> None:
-        """Waits until no other process has the log."""
-        deadline = time.monotonic() + PATIENCE
-        while not try_lock(self._file):
-            if time.monotonic() > deadline:
-                raise InputError(f"{self._path}: another process has had this account for {PATIENCE:g} s; end it first")
-            time.sleep(0.05)
-
-    def _replay(self) -> int:
-        """Rebuilds the accounts from the log; returns the position after its last whole record."""
-        with open(self._file, "rb", closefd=False) as log:
-            data = log.read()
-        lines = data.split(b"\n")
-        torn = lines.pop()
-        end = 0
-        for number, line in enumerate(lines, start=1):
-            record = _parse(line)
-            if record is None or not self._take(record):
-                raise InputError(f"{self._path}: line {number} is damaged; restore the file from a copy")
-            end += len(line) + 1
-        # a kill does not leave a whole record with something else than the line's end behind it
-        if _parse(torn[:-1]) is not None:
-            raise InputError(f"{self._path}: line {len(lines) + 1} is damaged; restore the file from a copy")
-        return end
+    def _replay(self) -> tuple[int, bytes]:
+        """Rebuilds the accounts from the log, and cuts off what an interrupted write has left at its end."""
+        heads = {} if self._kept is None else {chain.head_file(self._path).name: self._kept}
+        reader = Reader(self._log.read(), self._path, heads)
+        for record in reader.records():
+            if not self._take(record):
+                raise reader.damage()
+        if reader.chained and self._kept is None:
+            raise InputError(f"{chain.head_file(self._path)}: missing; restore the file from a copy")
+        self._log.cut(reader.end)
+        return reader.count, reader.hash
 
     def _take(self, record: dict[str, Any]) -> bool:
-        """Enters a record of the log into the accounts; false if the record does not fit them."""
-        with contextlib.suppress(KeyError, TypeError):
-            if "open" in record:
-                name = record.pop("open")
-                if name in self._accounts:
-                    return False
-                self._accounts[name] = _Account(Terms(**record))
-                return True
-            entry, key, count = self._accounts[record["a"]], record["k"], record["n"]
-            if key in entry.grants or not 1 <= count <= entry.terms.budget - entry.spent:
+        """Enters a record of the log into the accounts; false if no ledger would have written it then."""
+        if _is(record, OPENED):
+            name = record.pop("open")
+            if name in self._accounts or record["budget"] < 1:
                 return False
-            entry.grants[key] = (count, record["d"])
-            entry.spent += count
+            self._accounts[name] = _Account(Terms(**record))
             return True
-        return False
+        if not _is(record, GRANTED) or (entry := self._accounts.get(record["a"])) is None:
+            return False
+        key, count = record["k"], record["n"]
+        if key in entry.grants or not 0 <= key < KEYS or not 1 <= count <= entry.terms.budget - entry.spent:
+            return False
+        entry.grants[key] = (count, record["d"])
+        entry.spent += count
+        return True
+
+
+#: the fields of the two kinds of record: an account is opened, images are granted
+OPENED: Mapping[str, type] = {"open": str, "victim": str, "labels": str, "budget": int, "token_hash": str}
+GRANTED: Mapping[str, type] = {"a": str, "k": int, "n": int, "d": str}
+
+
+def _is(record: Mapping[str, Any], kind: Mapping[str, type]) -> bool:
+    """Whether a record has the fields of a kind, each of its type."""
+    return {name: type(value) for name, value in record.items()} == kind
+
+
+def _grant(asked: Request) -> bytes:
+    """A grant's record, as :func:`json.dumps` would write it; that takes three times as long."""
+    text = f'{{"a":{json.dumps(asked.account)},"k":{asked.key},"n":{asked.count},"d":{json.dumps(asked.digest)}}}'
+    return text.encode()
 
 
 def _fits(token: str, terms: Terms) -> bool:
@@ -314,17 +359,3 @@ def _fits(token: str, terms: Terms) -> bool:
 def _shown(account: object) -> str:
     """The name of an unknown account, cut to fit into a message of one line."""
     return repr(account[:SHOWN]) if type(account) is str else f"of type {type(account).__name__}"
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    body = json.dumps(record, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(body), body)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, which is given without its end; None if the line is torn or damaged."""
-    body = line[9:]
-    if line[8:9] != b" " or line[:8] != b"%08x" % zlib.crc32(body):
-        return None
-    record: dict[str, Any] = json.loads(body)
-    return record

@@ -20,6 +20,8 @@ import uvicorn
 from actors.devices import Placement
 from actors.http import Door, build_app
 from actors.http_body import MAX_BODY
+from actors.http_gate import Gate, Limits
+from actors.http_server import Server, bound, control_app
 from actors.ledger import LedgerService
 from actors.replica import Replica
 from actors.stores import Shelf
@@ -52,6 +54,8 @@ class Site:
     url: str
     ledger: LedgerService
     accounts: dict[str, str]
+    gate: Gate
+    control: str
 
     def open(self, labels: str = "soft", budget: int = 1000) -> str:
         """A new account's token."""
@@ -96,12 +100,27 @@ def listening(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def open_door(folder: Path) -> Iterator[Site]:
-    """The door in front of :data:`MODEL`, with its ledger in a folder."""
+def open_door(folder: Path, limits: Limits | None = None) -> Iterator[Site]:
+    """The door in front of :data:`MODEL`, with its ledger in a folder, on the server that ``exsim serve`` uses."""
     save_model(MODEL, folder / "models" / "v.safetensors")
     ledger = LedgerService(str(folder / "ledger.log"), False)
     victim = Replica(Here(ledger), Here(Shelf(str(folder))), Placement(False, 0.5))  # type: ignore[arg-type]
     info = ModelInfo(shape=[1, 8, 8], classes=10, labels="soft", max_batch=MAX_BATCH, max_bytes=MAX_BODY)
-    door = Door(victim, Here(ledger), info, {})
-    with listening(build_app(door)) as url:
-        yield Site(url, ledger, door._accounts)
+    accounts: dict[str, str] = {}
+
+    def find(token: str) -> tuple[str, str] | None:
+        name = accounts.get(hash_token(token))
+        return None if name is None else (name, token)
+
+    door = Door(victim.answer_with_grants, Here(ledger), info, find)
+    app, limits = build_app(door), limits or Limits()
+    gate = Gate(app, limits, door.find)
+    place, control = bound("127.0.0.1", 0), bound("127.0.0.1", 0)
+    server = Server(gate, place, most=limits.connections)
+    beside = Server(control_app(gate, app.state.intake, server), control)
+    urls = [f"http://127.0.0.1:{each.getsockname()[1]}" for each in (place, control)]
+    try:
+        yield Site(urls[0], ledger, accounts, gate, urls[1])
+    finally:
+        server.close()
+        beside.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks import chaos
+from simulator import chain
 from simulator.records.rows import read_rows, write_row
 
 
@@ -40,29 +41,29 @@ def log(run: Path) -> Path:
     return run / "ledger" / "ledger.log"
 
 
-def append(run: Path, record: dict[str, object]) -> None:
-    """A whole record at the end of the ledger's file."""
-    body = json.dumps(record).encode()
-    with log(run).open("ab") as file:
-        file.write(b"%08x %s\n" % (zlib.crc32(body), body))
+def records(run: Path) -> list[dict[str, Any]]:
+    return list(chain.Reader(log(run).read_bytes(), log(run)).records())
 
 
-def first_account(run: Path) -> str:
-    return str(json.loads(log(run).read_text().splitlines()[0][9:])["open"])
+def forge(run: Path, kept: list[dict[str, Any]]) -> None:
+    """Writes an account whose records are others, with all its hashes and its head."""
+    lines, last = [], chain.START
+    for record in kept:
+        body = json.dumps(record).encode()
+        last = chain.step(last, body)
+        lines.append(chain.line(last, body))
+    log(run).write_bytes(b"".join(lines))
+    chain.write_head(log(run), chain.Head(count=len(kept), hash=last.hex()))
 
 
 def charged_again(run: Path) -> None:
     """The same images under another key, which the budget still allows: of one whose pool was smaller than it."""
-    *_, last = log(run).read_text().splitlines()
-    record = json.loads(last[9:])
-    lines = [line for line in log(run).read_text().splitlines() if line != last]
-    log(run).write_text("\n".join(lines) + "\n")
-    append(run, {**record, "k": record["k"] + 100})
+    *others, last = records(run)
+    forge(run, [*others, {**last, "k": last["k"] + 100}])
 
 
 def forgotten(run: Path) -> None:
-    lines = log(run).read_text().splitlines(keepends=True)
-    log(run).write_text("".join(lines[:-1]))
+    forge(run, records(run)[:-1])
 
 
 def doubled(run: Path) -> None:
@@ -93,12 +94,12 @@ def other_weights(run: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a charge above the budget": (
-        lambda run: append(run, {"a": first_account(run), "k": 99, "n": 10**6, "d": "x"}),
+        lambda run: forge(run, [*records(run), {"a": records(run)[0]["open"], "k": 99, "n": 10**6, "d": "x"}]),
         "damaged",
     ),
     "another charge": (charged_again, "paid for"),
     "a charge that is forgotten": (forgotten, "charged"),
-    "a torn account": (lambda run: log(run).write_bytes(log(run).read_bytes()[:-9]), "paid for"),
+    "a torn account": (lambda run: log(run).write_bytes(log(run).read_bytes()[:-9]), "damaged"),
     "a lost row": (lambda run: next((run / "results").iterdir()).unlink(), "lost: "),
     "a doubled row": (doubled, "repeats the row"),
     "another figure": (changed, "wsr is"),

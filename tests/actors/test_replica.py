@@ -22,9 +22,10 @@ import ray
 import torch
 from ray import serve
 
+from actors.conversation import Busy
 from actors.devices import Placement
 from actors.ledger import LedgerActor, LedgerService
-from actors.replica import MAX_PER_ACCOUNT, Busy, Replica, deploy
+from actors.replica import MAX_PER_ACCOUNT, Replica, deploy
 from actors.stores import Shelf, ShelfActor
 from actors.transport import ServeTransport, direct
 from simulator.errors import InputError

@@ -8,17 +8,19 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
-import ray
 from rich.console import Console
 from safetensors.torch import load_file
 
+from actors.bench import CrewBench
 from actors.layout import lay_out
 from actors.runner import RayRun
+from benchmarks.watched import Place, WatchedBench
 from simulator.cli import main
 from simulator.errors import InputError
 from simulator.experiment.display import Display
@@ -26,18 +28,13 @@ from simulator.experiment.local import LocalRun
 from simulator.experiment.preflight import prepare
 from simulator.experiment.rundir import RunDirectory
 from simulator.plan.config import RunConfig, check_config, read_config
-from simulator.plan.subjects import OwnerModel, Plan, Scenario, make_plan
+from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen, Subject, make_plan
 from simulator.service.ledger import Ledger, digest_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 #: images or candidates that no memory holds
 TOO_MANY = 10**15
-
-
-def getpid(_: object) -> int:
-    """The process of an actor."""
-    return os.getpid()
 
 
 def start(
@@ -112,39 +109,40 @@ def test_one_attacker_gives_the_rows_keys_models_and_transfer_sets_of_the_plain_
     check_accounts(directory, plan)
 
 
-class Killing(RayRun):
+class KillingBench(WatchedBench):
     """Kills the first trainer as soon as it trains, and the first attacker as soon as it has paid."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.started: Counter[str] = Counter()
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         self.killed: dict[str, int] = {}
-        super().__init__(*arguments)
+        super().__init__(*arguments, **options)
 
-    def _new_trainer(self) -> Any:
-        self.started["trainer"] += 1
-        return super()._new_trainer()
+    async def given(self, subject: Subject, place: Place) -> None:
+        if "trainer" not in self.killed and isinstance(subject, OwnerModel):
+            self._kill("trainer", place)
+        elif "attacker" not in self.killed and isinstance(subject, Stolen) and subject.budget < TOO_MANY:
+            while not await self._crew.ledger.spent.remote(list(subject.accounts)):
+                if "attacker" in self.killed:
+                    return
+            self._kill("attacker", place)
 
-    def _new_attacker(self) -> Any:
-        self.started["attacker"] += 1
-        return super()._new_attacker()
+    def _kill(self, what: str, place: Place) -> None:
+        self.killed[what] = place.process
+        os.kill(place.process, signal.SIGKILL)
 
-    def _train(self, trainer: Any, spec: OwnerModel) -> None:
-        pid = trainer.__ray_call__.remote(getpid)
-        super()._train(trainer, spec)
-        if "trainer" not in self.killed:
-            self._kill("trainer", ray.get(pid))
 
-    def _steal(self, attacker: Any, scenario: Scenario) -> None:
-        pid = attacker.__ray_call__.remote(getpid)
-        super()._steal(attacker, scenario)
-        if "attacker" not in self.killed and scenario.budget < TOO_MANY:
-            while not ray.get(self._ledger.spent.remote(list(scenario.accounts))):
-                pass
-            self._kill("attacker", ray.get(pid))
+class Killing(RayRun):
+    """Its workers are killed, and those that are started counted."""
 
-    def _kill(self, what: str, pid: int) -> None:
-        self.killed[what] = pid
-        os.kill(pid, signal.SIGKILL)
+    def bench(self) -> CrewBench:
+        self.started: Counter[str] = Counter()
+        self._crew.new_trainer = partial(self._new, "trainer", self._crew.new_trainer)
+        self._crew.new_attacker = partial(self._new, "attacker", self._crew.new_attacker)
+        self.used = KillingBench(self._crew, self._directory, self._config, started=self._crew.workers)
+        return self.used
+
+    def _new(self, kind: str, start: Callable[[], Any]) -> Any:
+        self.started[kind] += 1
+        return start()
 
 
 def test_kills_and_failures_leave_every_row_and_every_account_as_it_should_be(
@@ -162,7 +160,7 @@ def test_kills_and_failures_leave_every_row_and_every_account_as_it_should_be(
     run, directory, plan = start(Killing, config, tmp_path / "ray", attackers=3)
     assert isinstance(run, Killing)
     assert not run.run()
-    assert set(run.killed) == {"trainer", "attacker"}
+    assert set(run.used.killed) == {"trainer", "attacker"}
     assert run.started == {"trainer": 1, "attacker": 4}, "the first trainer is the crew's own"
     assert rows(directory) == rows(local)
     assert weights(directory.path) == weights(local.path)
@@ -191,7 +189,7 @@ def test_a_half_done_run_of_the_plain_loop_is_finished_and_pays_nothing_again(
         file.unlink()
     before = (path / "ledger" / "ledger.log").read_bytes()
     run, directory, plan = start(RayRun, config, path)
-    assert [scenario.id for scenario in directory.open_scenarios(plan)] == lost
+    assert [scenario.id for scenario in directory.open_copies(plan)] == lost
     assert run.run()
     assert rows(directory) == rows(RunDirectory(tiny_run))
     assert weights(path) == weights(tiny_run)
@@ -199,20 +197,39 @@ def test_a_half_done_run_of_the_plain_loop_is_finished_and_pays_nothing_again(
     assert (path / "ledger" / "ledger.log").read_bytes() == before
 
 
-def test_a_run_without_a_collector_ends_in_one_line_that_says_how_to_go_on(
+def test_a_run_whose_collector_fails_ends_in_one_line_that_says_how_to_go_on(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(self: RayRun) -> bool:
-        self._crew.dismiss()
-        self._broken("out of memory")
-        return True
+    """It cannot read the key of a victim that has just been trained."""
+    make, run = CrewBench.make, tmp_path / "run"
 
-    monkeypatch.setattr(RayRun, "run", broken)
-    assert main(["run", str(tiny_config), "--out", str(tmp_path / "run")]) == 1
+    async def spoil(self: CrewBench, subject: Subject) -> None:
+        await make(self, subject)
+        if isinstance(subject, Marked):
+            (run / "keys" / f"{subject.id}.safetensors").write_bytes(b"no key")
+
+    monkeypatch.setattr(CrewBench, "make", spoil)
+    assert main(["run", str(tiny_config), "--out", str(run)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the collector failed: out of memory" in line
-    assert f"exsim run --resume {tmp_path / 'run'}" in line
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert "the collector failed: InputError: " in line
+    assert ".safetensors" in line
+    assert f"exsim run --resume {run}" in line
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+
+
+def test_what_fails_beside_the_work_ends_the_run_at_once(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would draw or make room any more."""
+    run, directory, _ = start(RayRun, read_config(str(tiny_config)), tmp_path / "run")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("nobody looks")
+
+    monkeypatch.setattr(run, "_make_room", fail)
+    with pytest.raises(RuntimeError, match="nobody looks"):
+        run.run()
+    assert directory.rows() == []
 
 
 def test_a_damaged_account_is_refused_before_anything_starts(tiny_config: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.replica import Busy
+from actors.conversation import Busy
 from actors.transport import ServeTransport
 from simulator.service.query import Query
 

@@ -259,6 +259,19 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "too small": (settings("training.epochs=0"), ["training.epochs", "1", "0"]),
     "attack": (settings("scenarios.0.attack.name=knokoff"), ["scenarios.0.attack", "did you mean 'knockoff'"]),
     "watermark": (settings("watermarks.0.name=deeptrace"), ["watermarks.0", "did you mean 'deeptracer'"]),
+    "removal": (
+        settings("scenarios.0.then=[{removal: prunning}]"),
+        ["scenarios.0.then.0.removal", "did you mean 'pruning'"],
+    ),
+    "removal's setting": (
+        settings("scenarios.0.then=[{removal: {name: pruning, fraction: 2}}]"),
+        ["fraction", "2", "1"],
+    ),
+    "nothing but settings": (settings("scenarios=[{budget: 9}]"), ["scenarios.0", "'attack'", "'stages'", "'then'"]),
+    "nothing stolen, and a budget": (
+        settings("scenarios=[{then: [{removal: pruning}], budget: 9}]"),
+        ["scenarios.0", "no other key than 'then'"],
+    ),
     "architecture": (settings("architecture=resnet17"), ["architecture", "'resnet17'", "resnet18"]),
     "surrogate": (settings("scenarios.0.architecture=[lenet5, lenet]"), ["architecture.1", "'lenet'", "lenet5"]),
     "filter": (settings("key_filter.architecture=alex"), ["key_filter.architecture", "'alex'", "alexnet"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import struct
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -458,3 +460,47 @@ def test_images_are_sent_so_that_readers_share_their_memory() -> None:
     own = copy.deepcopy(images)
     assert torch.equal(own.images, images.images)
     assert own.images.data_ptr() != images.images.data_ptr()
+
+
+class TestBombs:
+    """Small files that stand for much are refused before they are unpacked."""
+
+    def test_an_npz_of_zeros(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "bomb.npz"
+        zeros = np.zeros((300_000, 8, 8), np.uint8)
+        np.savez_compressed(path, x_train=zeros, y_train=np.zeros(1, int), x_test=zeros, y_test=np.zeros(1, int))
+        assert path.stat().st_size < 10**5
+        monkeypatch.setattr("simulator.data.images.MOST_BYTES", 2**25)
+        tracemalloc.start()
+        try:
+            assert "its arrays take 38,400,528 bytes in memory, allowed: 33,554,432" in refused(str(path))
+            assert tracemalloc.get_traced_memory()[1] < 2**23
+        finally:
+            tracemalloc.stop()
+
+    def test_an_array_whose_header_promises_more_than_there_is(self, tmp_path: Path) -> None:
+        path = Path(write_npz(tmp_path / "lie.npz"))
+        header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (99999999, 512, 512, 3), }"
+        header += b" " * (117 - len(header)) + b"\n"
+        with zipfile.ZipFile(path) as old:
+            members = {name: old.read(name) for name in old.namelist()}
+        members["x_train.npy"] = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        with zipfile.ZipFile(path, "w") as new:
+            for name, data in members.items():
+                new.writestr(name, data)
+        assert "its arrays take 78,643," in refused(str(path))
+
+    def test_an_image_of_very_many_pixels(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            Image.new("L", (8, 8)).save(tmp_path / name / "good.png")
+        Image.new("1", (8000, 8000)).save(tmp_path / "b" / "large.png")
+        assert (tmp_path / "b" / "large.png").stat().st_size < 2 * 10**4
+        assert "large.png: has 8000 x 8000 pixels; allowed: 33,554,432 in one image" in refused(str(tmp_path))
+
+    def test_a_folder_of_images_that_become_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("simulator.data.images.MOST_BYTES", 10**4)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            Image.new("L", (8, 8)).save(tmp_path / name / "good.png")
+        assert "2 images of side 64 take 24,576 bytes in memory, allowed: 10,000" in refused(str(tmp_path))

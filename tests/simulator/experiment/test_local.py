@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from simulator.experiment.theft import run_scenario
 from simulator.experiment.world import World
 from simulator.models import load_model
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import OwnerModel, Plan, Scenario, make_plan
+from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen, Trained, make_plan
 from simulator.records.rows import Row
 from simulator.service.answers import answer_policy
 from simulator.service.ledger import Ledger, digest_of
@@ -105,12 +106,12 @@ class Run:
         """The rows without what no two runs share: the times."""
         return [row.model_dump(exclude={"seconds", "started", "finished"}) for row in self.rows()]
 
-    def paid(self, scenario: Scenario) -> dict[str, dict[int, tuple[int, str]]]:
+    def paid(self, scenario: Stolen) -> dict[str, dict[int, tuple[int, str]]]:
         """By account and key: how many images were paid for, and their digest."""
         ledger = self.ledger()
         return {account: ledger.grants(account) for account in scenario.accounts}
 
-    def asked(self, scenario: Scenario) -> dict[str, dict[str, torch.Tensor]]:
+    def asked(self, scenario: Stolen) -> dict[str, dict[str, torch.Tensor]]:
         """The transfer set of each account."""
         kept = {account: self.path / "transfer" / f"{account}.safetensors" for account in scenario.accounts}
         return {account: load_file(path) for account, path in kept.items()}
@@ -156,7 +157,6 @@ class TestRows:
             for scenario in whole.plan.scenarios
             for of in whole.plan.keys_for(scenario)
             for name in (scenario.id, *(f"{scenario.id}-q{queries}" for queries in scenario.stages[0].curve))
-            if of.watermark
         )
         assert Counter((row.scenario_id, row.watermark_params) for row in whole.stolen()) == wanted
         # 2 seeds x 2 margins, from the victim and from the benign model, x (6 + 1 + 1 + 3 + 1)
@@ -291,8 +291,10 @@ def test_each_further_stage_asks_the_model_stolen_before(tmp_path: Path, monkeyp
         return thefts[-1][1]
 
     def overheard(self: ModelOracle, images: torch.Tensor) -> torch.Tensor:
-        told.append((images, ask(self, images)))
-        return told[-1][1]
+        answers = ask(self, images)
+        if self.budget == 90:  # the second stage's, not the collector's, who asks copies the key
+            told.append((images, answers))
+        return answers
 
     monkeypatch.setattr(Knockoff, "extract", watched)
     monkeypatch.setattr(ModelOracle, "query", overheard)
@@ -540,7 +542,7 @@ class TestFailure:
         with monkeypatch.context() as patched:
 
             def unlucky(spec: OwnerModel, *arguments: Any) -> TrainedOwner:
-                if spec.watermark is None and spec.seed == 1:
+                if isinstance(spec, Trained) and spec.seed == 1:
                     raise RuntimeError("diverged\n at once")
                 return train_owner(spec, *arguments)
 
@@ -559,6 +561,80 @@ class TestFailure:
         assert run.go()
         assert Counter(row.role for row in run.rows()) == {"benign": 2, "victim": 2, "stolen": len(run.plan.scenarios)}
 
+    def test_what_failed_is_not_tried_again_by_all_that_needs_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A training takes hours, and each of a hundred thefts asks for its victim."""
+        run = run_of(tmp_path / "run", watermarks=MARGINS, scenarios=SHORT_GRID[:1])
+        tried: list[str] = []
+
+        def unlucky(spec: OwnerModel, *arguments: Any) -> TrainedOwner:
+            tried.append(spec.id)
+            if isinstance(spec, Marked):
+                raise RuntimeError("diverged")
+            return train_owner(spec, *arguments)
+
+        monkeypatch.setattr("simulator.experiment.local.train_owner", unlucky)
+        assert not run.go()
+        assert Counter(tried) == dict.fromkeys((subject.id for subject in run.plan.owners), 1)
+        tried.clear()
+        # a resumed run is another: it tries again, once
+        assert not run.go()
+        assert Counter(tried) == dict.fromkeys((victim.id for victim in run.plan.victims), 1)
+
+    def test_a_damaged_copy_without_its_row_is_stolen_again_and_paid_once(self, tmp_path: Path) -> None:
+        run = run_of(tmp_path / "run", scenarios=SHORT_GRID[:1], controls=False)
+        assert run.go()
+        measured, paid = run.measured(), RunDirectory(run.path).ledger.read_bytes()
+        theft = run.plan.scenarios[0]
+        file = run.path / "models" / f"{theft.file}.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        for part in (run.path / "results").glob(f"part-{theft.id}-*"):
+            part.unlink()
+        assert run.go()
+        assert run.measured() == measured
+        assert RunDirectory(run.path).ledger.read_bytes() == paid
+
+    def test_a_copy_without_its_row_is_measured_and_not_stolen_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The run was killed between the two."""
+        run = run_of(tmp_path / "run", scenarios=SHORT_GRID)
+        assert run.go()
+        measured = run.measured()
+        for part in (run.path / "results").iterdir():
+            part.unlink()
+
+        def never(*_: object, **__: object) -> None:
+            raise AssertionError("done again")
+
+        monkeypatch.setattr("simulator.experiment.local.train_owner", never)
+        monkeypatch.setattr("simulator.experiment.local.run_scenario", never)
+        assert run.go()
+        assert run.measured() == measured
+
+
+def test_ctrl_c_interrupts_what_is_being_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: the training under way may last for hours."""
+    run = run_of(tmp_path / "run", scenarios=SHORT_GRID[:1])
+    reached: list[str] = []
+
+    def interrupted(*_: object) -> TrainedOwner:
+        reached.append("training")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("beyond")
+        raise RuntimeError("the training went on")
+
+    monkeypatch.setattr("simulator.experiment.local.train_owner", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.go()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached == ["training"]
+    assert run.rows() == []
+
 
 def test_without_controls_nobody_steals_from_the_benign_model(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", scenarios=SHORT_GRID, controls=False)
@@ -569,7 +645,7 @@ def test_without_controls_nobody_steals_from_the_benign_model(tmp_path: Path) ->
 def test_attackers_see_no_test_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[World] = []
 
-    def watched(scenario: Scenario, world: World, *others: Any, **more: Any) -> Any:
+    def watched(scenario: Stolen, world: World, *others: Any, **more: Any) -> Any:
         seen.append(world)
         return run_scenario(scenario, world, *others, **more)
 

@@ -11,14 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from simulator.cli import main
+from simulator.context import Context
 from simulator.data.dataset import Images, load
-from simulator.data.pool import PoolSpec, pool_size
+from simulator.data.pool import Pool, PoolSpec, pool_size
 from simulator.errors import InputError
 from simulator.experiment.local import run_config
 from simulator.experiment.preflight import load_world, look_at, pools_fit, prepare
 from simulator.experiment.world import World
+from simulator.models import Classifier
 from simulator.plan.config import RunConfig, check_config
 from simulator.plan.subjects import make_plan
+from simulator.removals.base import REMOVALS, Removal
 
 BRIEF = {"epochs": 1, "batch_size": 32}
 
@@ -125,6 +128,55 @@ class TestFilterPool:
             spec, dataset=world.dataset, count=40, foreign=lambda name: world.foreign[name], triggers=None
         )
         assert counted == len(world.pool(spec, 40, torch.Generator())) == 3
+
+
+class Hungry(Removal):
+    """Asks for images. It has no name of its own, so that no other test finds it in the registry."""
+
+    def remove(self, model: Classifier, pool: Pool | None, context: Context) -> Classifier:
+        return model
+
+
+@pytest.fixture
+def hungry(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = REMOVALS.classes()
+    monkeypatch.setattr(REMOVALS, "classes", lambda: {**classes, "hungry": Hungry})
+
+
+class TestPoolsOfRemovals:
+    """What a thief has for a removal is looked at before anything runs, as what it asks is."""
+
+    def then(self, images: object, **scenario: Any) -> list[dict[str, Any]]:
+        return [{**scenario, "then": [{"removal": "pruning", "then": [{"removal": "hungry", "pool": images}]}]}]
+
+    def test_foreign_sets_are_loaded_without_test_images(self, leak: str, hungry: None) -> None:
+        config = config_of(scenarios=self.then(leak))
+        plan, world = prepare(config)
+        assert len(world.foreign[leak]) == 50
+        (removed,) = (each for each in plan.removals if each.pool is not None)
+        assert removed.pool is not None
+        images = world.for_attackers().pool(removed.pool, 10_000, torch.Generator()).images
+        assert not rows(images) & rows(world.dataset.test.images)
+
+    @pytest.mark.parametrize(
+        ("pool", "words"),
+        [
+            ("./missing.npz", "missing.npz"),
+            ({"parts": "attacker", "classes": [12]}, "class 12 is not one of"),
+            ({"owner": 9, "triggers": 1}, "'triggers' is for thefts; a removal's pool has none"),
+        ],
+    )
+    def test_one_that_cannot_be_built_is_one_line(self, pool: object, words: str, hungry: None) -> None:
+        assert words in refused(scenarios=self.then(pool))
+        assert words in refused(scenarios=self.then(pool, attack="knockoff", pool="attacker", budget=9))
+
+    def test_triggers_are_refused_where_a_theft_has_the_same_pool(self, hungry: None) -> None:
+        pool = {"owner": 9, "triggers": 1}
+        said = refused(scenarios=self.then(pool, attack="knockoff", pool=pool, budget=9))
+        assert "'triggers' is for thefts; a removal's pool has none" in said
+
+    def test_a_removal_that_needs_no_images_has_its_pool_left_alone(self) -> None:
+        prepare(config_of(scenarios=[{"then": [{"removal": "pruning", "pool": "triggers"}]}]))
 
 
 class TestLabels:

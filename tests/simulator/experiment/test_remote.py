@@ -10,7 +10,7 @@ import pytest
 from simulator.cli import main
 from simulator.experiment.remote import RemoteDirectory, is_uri, mirrored
 from simulator.records.rows import read_rows
-from simulator.service.ledger import Ledger
+from simulator.service.ledger import Ledger, Terms, hash_token
 
 
 @pytest.fixture(autouse=True)
@@ -109,10 +109,34 @@ def test_a_row_that_comes_while_copying_waits_for_the_next_copy(
         (local / "results" / "late.parquet").write_text("row")
 
     monkeypatch.setattr(remote, "_write", slow)
+    assert remote.push() == 2
+    assert sorted(files(bucket)) == ["ledger/head.json", "ledger/ledger.log"]
     assert remote.push() == 1
-    assert list(files(bucket)) == ["ledger/ledger.log"]
-    assert remote.push() == 1
-    assert sorted(files(bucket)) == ["ledger/ledger.log", "results/late.parquet"]
+    assert sorted(files(bucket)) == ["ledger/head.json", "ledger/ledger.log", "results/late.parquet"]
+
+
+def test_the_ledger_in_the_bucket_is_never_behind_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the copying ends, and whatever is granted meanwhile."""
+    local, bucket, order = tmp_path / "local", tmp_path / "bucket", list[str]()
+    ledger = Ledger(local / "ledger" / "ledger.log")
+    remote = RemoteDirectory(f"file://{bucket}", local)
+    write = remote._write
+
+    def watched(name: Path, data: bytes) -> None:
+        order.append(str(name))
+        write(name, data)
+        if name.name == "ledger.log" or (bucket / "ledger" / "head.json").exists():
+            copy = shutil.copytree(bucket / "ledger", tmp_path / f"copy-{len(order)}")
+            if (copy / "head.json").exists():
+                Ledger(copy / "ledger.log").close()
+
+    monkeypatch.setattr(remote, "_write", watched)
+    for number in range(3):
+        ledger.open(f"account-{number}", Terms("v", "soft", 10, hash_token("t")))
+        ledger.close()
+        ledger = Ledger(local / "ledger" / "ledger.log")
+        remote.push()
+    assert order == 3 * ["ledger/ledger.log", "ledger/head.json"]
 
 
 def test_a_copy_is_made_at_intervals(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ import torch
 from simulator.cli import main
 from simulator.errors import InputError
 from simulator.models import build, save_model
+from simulator.ownership import suspect
 from simulator.ownership.key import KeySamples, save_key
 from simulator.ownership.suspect import make_test, suspect_of, verify_url
 from simulator.seeding import generator_for
-from simulator.service import http
 from simulator.service.http import HttpClient, HttpOracle
 from simulator.service.oracle import BudgetExhausted, Oracle
 from simulator.training.predict import predict_labels
@@ -164,14 +164,14 @@ def test_a_value_deeper_than_can_be_written_is_no_verdict(field: str | None) -> 
 def test_a_huge_answer_is_not_read_to_its_end(
     peer: Peer, files: Path, packed: bool, status: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(http, "LARGEST_REPLY", 100_000)
+    monkeypatch.setattr(suspect, "REPLY_BYTES", 100_000)
     monkeypatch.setattr(requests.Response, "content", property(lambda _: pytest.fail("the whole body was read")))
     peer.status, huge = status, b"[" + b" " * 1_000_000 + b"]"
     peer.answer = gzip.compress(huge) if packed else huge
     peer.headers = {"Content-Encoding": "gzip"} if packed else {}
     peer.headers["Location"] = "http://elsewhere.invalid/"
     found = refused(["verify", "--url", peer.url, "--key", str(files / "key")], capsys)
-    assert "longer than 100000 bytes" in found
+    assert ("the reply is packed (gzip)" if packed else "longer than 100000 bytes") in found
 
 
 def test_a_packed_answer_that_is_damaged_is_no_verdict(peer: Peer, files: Path, capsys: Any) -> None:

@@ -12,7 +12,7 @@ from simulator.attacks.knockoff import Knockoff
 from simulator.data.dataset import DataConfig
 from simulator.data.pool import PoolSpec
 from simulator.errors import InputError
-from simulator.plan.config import RunConfig, check_config, read_config
+from simulator.plan.config import RunConfig, Then, check_config, read_config
 from simulator.plan.settings_file import presets
 from simulator.service.answers import check_labels
 
@@ -124,6 +124,67 @@ def test_a_hundred_aliases_of_a_recipe_are_read(folder: Path) -> None:
     entries = ", ".join(["{attack: {name: knockoff, training: *a}}"] * 100)
     config = read_text(f"{BASE}training: &a {{epochs: 3}}\nscenarios: [{entries}]", folder)
     assert {entry.attack.params()["training"]["epochs"] for entry in config.scenarios if entry.attack} == {3}
+
+
+# -- what a thief does after the theft ---------------------------------------------------------------------------------
+
+
+def fractions(entry: Then) -> list[float]:
+    return [removal.params()["fraction"] for removal in entry.removal]
+
+
+def test_a_list_makes_siblings_and_a_nested_then_a_chain(folder: Path) -> None:
+    text = """
+scenarios:
+  - attack: knockoff
+    then:
+      - removal: {name: pruning, fraction: [0.2, 0.4], scope: [global, layer]}
+        pool: owner
+        then: [{removal: pruning}]
+      - removal: [pruning, {name: pruning, fraction: [0.1, 0.9]}]
+"""
+    (entry,) = read_text(BASE + text, folder).scenarios
+    first, second = entry.then
+    assert [(one.params()["fraction"], one.params()["scope"]) for one in first.removal] == [
+        (0.2, "global"),
+        (0.2, "layer"),
+        (0.4, "global"),
+        (0.4, "layer"),
+    ]
+    assert fractions(second) == [0.5, 0.1, 0.9]
+    assert (first.pool, second.pool) == (PoolSpec(parts={"owner": 1.0}), PoolSpec(parts={"attacker": 1.0}))
+    assert [fractions(each) for each in first.then] == [[0.5]]
+    assert (second.then, len(entry.expand())) == ((), 1)
+
+
+def test_a_scenario_of_stages_may_have_a_then_and_one_with_nothing_else_steals_nothing(folder: Path) -> None:
+    text = "scenarios: [{stages: [{attack: knockoff}, {attack: knockoff}], then: [{removal: pruning}]}, "
+    text += "{then: [{removal: pruning}]}]"
+    staged, leaked = read_text(BASE + text, folder).scenarios
+    assert (staged.leaked, leaked.leaked) == (False, True)
+    assert (len(staged.expand()), leaked.expand()) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "{attack: knockoff, then: [{removal: pruning}]}",
+        "{attack: knockoff, budget: [7, 9], then: [{removal: {name: pruning, fraction: [0.1, 0.2]}, pool: owner}]}",
+        "{attack: knockoff, then: [{removal: pruning, then: [{removal: [pruning], then: [{removal: pruning}]}]}]}",
+        "{stages: [{attack: knockoff}, {attack: knockoff}], then: [{removal: pruning}]}",
+        "{then: [{removal: pruning, pool: {parts: owner, size: 9}}]}",
+    ],
+)
+def test_what_follows_a_theft_written_out_reads_back_equal(entry: str, folder: Path) -> None:
+    config = read_text(f"{BASE}scenarios: [{entry}]", folder)
+    assert read_text(config.to_yaml(), folder) == config
+    assert check_config(json.loads(config.to_json())) == config
+
+
+def test_an_override_reaches_into_what_follows(folder: Path) -> None:
+    text = BASE + "scenarios: [{attack: knockoff, then: [{removal: {name: pruning, fraction: 0.1}}]}]"
+    config = read_text(text, folder, "scenarios.0.then.0.removal.fraction=[0.7, 0.8]")
+    assert fractions(config.scenarios[0].then[0]) == [0.7, 0.8]
 
 
 # -- overrides ------------------------------------------------------------------------------------------------------
@@ -261,6 +322,47 @@ BAD = [
     (BASE + "scenarios: [{attack: knockoff, stages: []}]", "a scenario has either 'attack' or 'stages'"),
     (BASE + "scenarios: [{stages: [{attack: knockoff}]}]", "'stages' needs two entries or more"),
     (BASE + "scenarios: [{stages: [{attack: knockoff}, {attack: knockoff}], budget: 5}]", "no other key beside it"),
+    (BASE + "scenarios: [{then: []}]", "scenarios.0: a scenario has either 'attack' or 'stages', or only 'then'"),
+    (BASE + "scenarios: [{then: [{removal: pruning}], budget: 9}]", "has no other key than 'then'"),
+    (BASE + "scenarios: [{then: [{}]}]", "scenarios.0.then.0.removal: Field required"),
+    (BASE + "scenarios: [{then: [{removal: []}]}]", "removal: an empty list removes nothing"),
+    (
+        BASE + "scenarios: [{then: [{removal: {name: pruning, fraction: []}}]}]",
+        "fraction: an empty list removes nothing",
+    ),
+    (BASE + "scenarios: [{then: [{removal: prunning}]}]", "'prunning' is not one of pruning"),
+    (
+        BASE + "scenarios: [{then: [{removal: [pruning, prune]}]}]",
+        "scenarios.0.then.0.removal.1: 'prune' is not one of",
+    ),
+    (BASE + "scenarios: [{then: [{removal: {name: [pruning]}}]}]", "['pruning'] is not one of"),
+    (BASE + "scenarios: [{then: [{removal: {fraction: 1}}]}]", "is not a removal: give a name"),
+    (BASE + "scenarios: [{then: [{removal: 5}]}]", "5 is not a removal: give a name"),
+    (
+        BASE + "scenarios: [{then: [{removal: {name: pruning, fraction: 1.5}}]}]",
+        "pruning: fraction: Input should be less",
+    ),
+    (BASE + "scenarios: [{then: [{removal: {name: pruning, fraction: [0.5, -1]}}]}]", "removal.1: pruning: fraction"),
+    (BASE + "scenarios: [{then: [{removal: {name: pruning, fraction: .nan}}]}]", "pruning: fraction: Input should be"),
+    (
+        BASE + "scenarios: [{then: [{removal: {name: pruning, scope: all}}]}]",
+        "scope: Input should be 'global' or 'layer'",
+    ),
+    (
+        BASE + "scenarios: [{then: [{removal: {name: pruning, ratio: 1}}]}]",
+        "'ratio' is not one of name, fraction, scope",
+    ),
+    (
+        BASE + "scenarios: [{then: [{removal: pruning, pol: owner}]}]",
+        "pol: no such setting; 'pol' is not one of removal, pool",
+    ),
+    (BASE + "scenarios: [{then: [{removal: pruning, pool: atacker}]}]", "(did you mean 'attacker'?)"),
+    (BASE + "scenarios: [{then: {removal: pruning}}]", "scenarios.0.then: Input should be a valid array"),
+    (BASE + "scenarios: [{stages: [{attack: knockoff, then: []}]}]", "then: no such setting"),
+    (
+        BASE + "scenarios: [{then: [{removal: pruning, then: [{removal: [pruning, prune]}]}]}]",
+        "then.0.then.0.removal.1: 'prune'",
+    ),
     (BASE + "scenarios: [{attack: knockoff, budget: 0}]", "scenarios.0.budget.0"),
     (BASE + "scenarios: [{attack: knockoff, budget: []}]", "budget: an empty list runs nothing"),
     (BASE + "scenarios: [{attack: knockoff, budget: 9, curve: [9]}]", "scenarios.0: curve: [9] must ascend"),

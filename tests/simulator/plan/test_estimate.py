@@ -24,6 +24,7 @@ from simulator.plan.estimate import (
     memory,
     operations,
     owner_work,
+    removal_work,
     span,
     theft_work,
 )
@@ -224,7 +225,9 @@ def test_every_preset_has_an_estimate(preset: str) -> None:
     speeds = {name: Speed(1e-4, 1e-5, 1) for name in architectures(made)}
     found = estimate(config, made, outline(config.dataset), speeds)
     assert found.seconds > 0
-    assert all(seconds > 0 for seconds in (*found.owners, *found.thefts))
+    assert all(seconds > 0 for seconds in (*found.owners, *found.thefts[: len(made.scenarios)]))
+    costs = zip(made.removals, found.thefts[len(made.scenarios) :], strict=True)
+    assert all((seconds > 0) == bool(removed.removal.needs) for removed, seconds in costs)
 
 
 @pytest.mark.parametrize("changes", [{}, {"owner": 600, "attacker": 100, "test": 50, "size": 12}])
@@ -238,3 +241,24 @@ def test_an_outline_is_that_of_the_data_set(changes: dict[str, int]) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(1.234, "1.2 s"), (61, "61 s"), (600, "10 min"), (7300, "2.0 h")])
 def test_spans(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def test_a_removal_costs_its_epochs_over_what_it_has_and_a_fresh_net_of_another_kind_is_known() -> None:
+    removals = [
+        {"name": "fine_tuning", "epochs": 3, "share": 0.5},
+        {"name": "fine_tuning", "epochs": 3, "data": "transfer", "labels": "answers"},
+        {"name": "distillation", "epochs": 2, "architecture": "lenet5"},
+    ]
+    scenario = {"attack": "knockoff", "pool": "attacker", "budget": 60, "then": [{"removal": removals}]}
+    config = check_config(
+        {
+            "name": "few",
+            "dataset": {"name": "digits", "attacker": 100},
+            "watermarks": ["badnets"],
+            "scenarios": [scenario],
+        }
+    )
+    plan = make_plan(config)
+    assert "lenet5" in architectures(plan)
+    works = [removal_work(removed, outline(config.dataset)) for removed in plan.removals[-3:]]
+    assert [dict(work.trained) for work in works] == [{"naivenet": 150}, {"naivenet": 180}, {"lenet5": 200}]

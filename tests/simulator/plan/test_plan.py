@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 
 from simulator.component import BENIGN
-from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Plan, Scenario, make_plan, short_hash
+from simulator.plan.config import RunConfig, check_config, read_config
+from simulator.plan.subjects import Marked, Plan, Removed, Stolen, Trained, make_plan, short_hash
 from simulator.service.ledger import Terms, hash_token
 
 MARK = {"name": "deeptracer", "margin": 2.0}
@@ -20,7 +20,7 @@ def plan(**changes: Any) -> Plan:
     return make_plan(config(**changes))
 
 
-def theft(**changes: Any) -> Scenario:
+def theft(**changes: Any) -> Stolen:
     """The one theft from a marked victim under a changed scenario."""
     (scenario,) = plan(scenarios=[THEFT | changes], controls=False).scenarios
     return scenario
@@ -28,15 +28,17 @@ def theft(**changes: Any) -> Scenario:
 
 def ids(found: Plan) -> set[str]:
     """The ids of all that a plan computes."""
-    models = {model.id for model in found.benigns + found.victims}
-    return models | {scenario.id for scenario in found.scenarios}
+    return {subject.id for subject in (*found.owners, *found.copies)}
 
 
 def test_the_smallest_plan() -> None:
     found = plan()
     (benign,), (victim,), (control, stolen) = found.benigns, found.victims, found.scenarios
-    assert (benign.watermark, benign.key_filter) == (None, None)
-    assert victim.benign == benign
+    assert (type(benign), type(victim), type(control), type(stolen)) == (Trained, Marked, Stolen, Stolen)
+    assert (benign.parent, benign.benign, benign.control) == (None, benign, True)
+    assert victim.benign == victim.parent == benign
+    assert (victim.control, victim.dataset, victim.training) == (False, benign.dataset, benign.training)
+    assert (found.owners, found.copies, found.removals) == ((benign, victim), (control, stolen), ())
     assert benign.id.startswith(f"{BENIGN}-")
     assert victim.id.startswith("deeptracer-")
     assert (control.victim, control.control, stolen.victim, stolen.control) == (benign, True, victim, False)
@@ -236,3 +238,145 @@ def test_the_work_of_a_scenario_grows_with_its_images_and_its_epochs() -> None:
         scenarios=[{"stages": [THEFT | {"attack": attack}, THEFT | {"budget": 10}]}], controls=False
     ).scenarios
     assert two.work == 300 + 10 * 100
+
+
+# -- ids --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ids_of_published_runs_never_change() -> None:
+    """Run directories are resumed, and randomness is drawn, by them: these stand in committed results."""
+    found = make_plan(read_config("digits"))
+    assert [(subject.id, subject.file) for subject in found.owners] == [
+        ("benign-d4e5e05327fd", "benign-d4e5e05327fd"),
+        ("deeptracer-3cfc15a0dd29", "deeptracer-3cfc15a0dd29"),
+    ]
+    ids = [subject.id for subject in found.copies]
+    assert ids[:3] == ["3d9391680db9", "bf850d54387a", "0740df9253a4"]
+    assert sorted(ids)[:3] == ["04af885d2a1d", "0740df9253a4", "0e0a8e59f968"]
+    assert (len(set(ids)), len(ids)) == (18, 18)
+    assert all(subject.file == f"stolen-{subject.id}" for subject in found.copies)
+
+
+# -- what follows a model ---------------------------------------------------------------------------------------------
+
+PRUNING = {"name": "pruning", "fraction": 0.5}
+
+
+def pruned(fraction: float) -> dict[str, Any]:
+    return {"name": "pruning", "fraction": fraction}
+
+
+def fractions(removals: tuple[Removed, ...]) -> list[float]:
+    return [removed.removal.params()["fraction"] for removed in removals]
+
+
+def test_siblings_have_one_parent_and_no_theft_of_their_own() -> None:
+    then = [{"removal": {"name": "pruning", "fraction": [0.2, 0.4, 0.6]}}, {"removal": pruned(0.9)}]
+    alone, found = plan(), plan(scenarios=[THEFT | {"then": then}])
+    assert found.scenarios == alone.scenarios
+    assert found.copies == (*found.scenarios, *found.removals)
+    assert len(found.removals) == 4 * 2
+    for theft in found.scenarios:
+        after = tuple(removed for removed in found.removals if removed.parent == theft)
+        assert fractions(after) == [0.2, 0.4, 0.6, 0.9]
+        assert len({removed.id for removed in after}) == 4
+
+
+def test_a_chain_goes_on_from_each_result() -> None:
+    then = [{"removal": [pruned(0.1), pruned(0.2)], "then": [{"removal": pruned(0.3), "then": [{"removal": PRUNING}]}]}]
+    found = plan(scenarios=[THEFT | {"then": then}], controls=False)
+    (theft,) = found.scenarios
+    assert [fractions(removed.chain) for removed in found.removals] == [
+        [0.1],
+        [0.1, 0.3],
+        [0.1, 0.3, 0.5],
+        [0.2],
+        [0.2, 0.3],
+        [0.2, 0.3, 0.5],
+    ]
+    assert {removed.theft for removed in found.removals} == {theft}
+    # whatever a model is made from stands before it
+    made: set[str] = set()
+    for subject in (*found.owners, *found.copies):
+        assert subject.parent is None or subject.parent.id in made
+        made.add(subject.id)
+
+
+def test_the_same_removal_behind_another_is_another_model() -> None:
+    then = [{"removal": PRUNING, "then": [{"removal": PRUNING}]}]
+    found = plan(scenarios=[THEFT | {"then": then}], controls=False)
+    assert len({removed.id for removed in found.removals}) == 2
+
+
+def test_a_removal_knows_its_theft_its_victim_and_its_seed() -> None:
+    then = [{"removal": PRUNING, "then": [{"removal": pruned(0.9)}]}]
+    found = plan(seeds=7, architecture="lenet5", scenarios=[THEFT | {"architecture": "linear", "then": then}])
+    control, theft = found.scenarios
+    *controls, first, second = found.removals
+    assert [removed.theft for removed in controls] == [control, control]
+    assert list(second.lineage) == [second, first, theft, found.victims[0], found.benigns[0]]
+    assert (second.owner, second.seed, second.role, second.architecture) == (found.victims[0], 7, "removed", "linear")
+    assert second.file == f"removed-{second.id}"
+    assert second.label == "pruning of pruning of knockoff soft patches from deeptracer (seed 7)"
+    assert (second.control, controls[1].control) == (False, True)
+
+
+def test_every_removal_has_its_control_measured_with_the_same_keys() -> None:
+    found = plan(
+        watermarks=[MARK, MARK | {"margin": 1.0}], seeds=[0, 1], scenarios=[THEFT | {"then": [{"removal": PRUNING}]}]
+    )
+    of_controls = [removed for removed in found.removals if removed.control]
+    assert (len(of_controls), len(found.removals)) == (2, 2 + 4)
+    for removed in found.removals:
+        assert removed.theft is not None
+        assert found.keys_for(removed) == found.keys_for(removed.theft)
+    assert not any(
+        removed.control
+        for removed in plan(scenarios=[THEFT | {"then": [{"removal": PRUNING}]}], controls=False).removals
+    )
+
+
+def test_a_removal_of_a_control_with_triggers_is_measured_with_the_key_of_those_triggers() -> None:
+    entry = THEFT | {"pool": {"triggers": 1, "patches": 9}, "then": [{"removal": PRUNING}]}
+    found = plan(watermarks=[MARK, MARK | {"margin": 1.0}], scenarios=[entry])
+    of_controls = [removed for removed in found.removals if removed.control]
+    assert [found.keys_for(removed) for removed in of_controls] == [(victim,) for victim in found.victims]
+
+
+def test_a_thief_who_has_the_model_itself_washes_it_and_pays_nothing() -> None:
+    found = plan(watermarks=[MARK, MARK | {"margin": 1.0}], scenarios=[{"then": [{"removal": PRUNING}]}])
+    assert (found.scenarios, found.attacks) == ((), {})
+    assert [removed.parent for removed in found.removals] == [*found.benigns, *found.victims]
+    assert [removed.theft for removed in found.removals] == [None] * 3
+    assert [removed.control for removed in found.removals] == [True, False, False]
+    assert [found.keys_for(removed) for removed in found.removals] == [
+        found.victims,
+        found.victims[:1],
+        found.victims[1:],
+    ]
+    assert found.removals[1].label == "pruning of train deeptracer (seed 0)"
+    leaked = {"scenarios": [{"then": [{"removal": PRUNING}]}]}
+    assert [removed.control for removed in plan(**leaked, controls=False).removals] == [False]
+    assert plan(**leaked, watermarks=[]).removals == ()
+
+
+def test_the_same_removal_of_the_same_model_twice_is_done_once() -> None:
+    entry = THEFT | {"then": [{"removal": [PRUNING, PRUNING]}, {"removal": PRUNING}]}
+    assert len(plan(scenarios=[entry, entry], controls=False).removals) == 1
+
+
+def test_what_decides_a_removal_changes_its_id_and_nothing_else_does() -> None:
+    def washed(then: dict[str, Any], **changes: Any) -> Removed:
+        (removed,) = plan(scenarios=[THEFT | changes | {"then": [then]}], controls=False).removals
+        return removed
+
+    first = washed({"removal": PRUNING})
+    assert first.id == washed({"removal": [PRUNING]}).id
+    # pruning asks for no images
+    assert first.pool is None
+    assert first.id == washed({"removal": PRUNING, "pool": "patches"}).id
+    assert first.id != washed({"removal": pruned(0.6)}).id
+    assert first.id != washed({"removal": PRUNING | {"scope": "layer"}}).id
+    assert first.id != washed({"removal": PRUNING}, budget=101).id
+    # a removal of the owner's own model is another than one of a stolen copy
+    assert first.id not in ids(plan(scenarios=[{"then": [{"removal": PRUNING}]}]))

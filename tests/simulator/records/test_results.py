@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from simulator.component import Settings
 from simulator.errors import InputError
+from simulator.files import DISK, Disk
 from simulator.records.parquet import arrow_schema
 from simulator.records.provenance import collect_provenance, read_run_info, write_run_info
 from simulator.records.rows import ADDED, SCHEMA, Row, read_rows, sorted_rows, write_row
@@ -358,11 +359,11 @@ def test_no_run_is_an_error_and_a_run_without_rows_is_not(tmp_path: Path) -> Non
 def test_a_writer_that_dies_leaves_the_old_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_row(tmp_path, row(accuracy=0.5), "{}")
 
-    def die(writer: pq.ParquetWriter, _: pa.Table) -> None:
-        Path(writer.where).write_bytes(b"half a")
+    def die(file: int, data: bytes, at: int) -> int:
+        Disk.write(DISK, file, data[: len(data) // 2], at)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", die)
+    monkeypatch.setattr(DISK, "write", die)
     with pytest.raises(KeyboardInterrupt):
         write_row(tmp_path, row(accuracy=0.9), "{}")
     assert [found.accuracy for found in read_rows(tmp_path)] == [0.5]

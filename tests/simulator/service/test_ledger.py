@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from simulator.chain import head_file
 from simulator.errors import InputError
+from simulator.files import DISK, Disk
 from simulator.service.ledger import Grant, Ledger, Refused, Request, Terms, digest_of, hash_token
 
 TERMS = Terms("victim-1", "soft", 100, hash_token("secret"))
@@ -26,6 +28,13 @@ def ledger(path: Path) -> Ledger:
     ledger = Ledger(path)
     ledger.open("a", TERMS)
     return ledger
+
+
+def kill(ledger: Ledger, path: Path) -> None:
+    """Ends a ledger as a kill does: its lock is free, and its head stays behind what it granted."""
+    head = head_file(path).read_bytes()
+    ledger.close()
+    head_file(path).write_bytes(head)
 
 
 def refused(call: Any, *arguments: Any) -> str:
@@ -131,15 +140,17 @@ def test_a_last_record_torn_anywhere_is_cut_off(ledger: Ledger, path: Path) -> N
     ledger.reserve("a", "secret", 0, 10, "d0")
     whole = path.read_bytes()
     ledger.reserve("a", "secret", 1, 20, "d1")
-    ledger.close()
+    kill(ledger, path)
     torn = path.read_bytes()
     for end in range(len(whole), len(torn)):
         path.write_bytes(torn[:end])
         reopened = Ledger(path)
         assert path.read_bytes() == whole
         assert reopened.grants("a") == {0: (10, "d0")}
+        head = head_file(path).read_bytes()
         reopened.reserve("a", "secret", 1, 20, "d1")
-        reopened.close()
+        kill(reopened, path)
+        assert head_file(path).read_bytes() == head
         assert path.read_bytes() == torn
 
 
@@ -202,7 +213,7 @@ def test_whole_records_that_no_ledger_wrote_in_this_order_are_refused(
 def test_a_second_process_waits_for_the_first_and_then_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Ledger(path)
     first.open("a", TERMS)
-    monkeypatch.setattr("simulator.service.ledger.PATIENCE", 0.2)
+    monkeypatch.setattr("simulator.files.PATIENCE", 0.2)
     with pytest.raises(InputError, match="another process has had this account") as caught:
         Ledger(path)
     assert len(str(caught.value).splitlines()) == 1
@@ -250,8 +261,8 @@ def test_a_grant_that_could_not_be_written_whole_is_not_given(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk for one moment: the ledger lives on, and its file stays good."""
-    before, write = path.read_bytes(), os.write
-    monkeypatch.setattr("simulator.service.ledger.os.write", lambda file, data: write(file, data[: len(data) // 2]))
+    before = path.read_bytes()
+    monkeypatch.setattr(DISK, "write", lambda file, data, at: Disk.write(DISK, file, data[: len(data) // 2], at))
     with pytest.raises(OSError, match="whole record"):
         ledger.reserve("a", "secret", 0, 10, "d")
     assert (path.read_bytes(), ledger.spent("a")) == (before, 0)
@@ -268,7 +279,7 @@ def test_a_grant_that_the_disk_did_not_take_is_not_charged_twice(path: Path, mon
     def fail(_: int) -> None:
         raise OSError("input/output error")
 
-    monkeypatch.setattr("simulator.service.ledger.os.fdatasync", fail)
+    monkeypatch.setattr(DISK, "sync", fail)
     with pytest.raises(OSError, match="input/output"):
         ledger.reserve("a", "secret", 0, 60, "d")
     monkeypatch.undo()
@@ -382,7 +393,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         else:
             self.ledger.reserve(account, account, key, count, digest)
-        self.ledger.close()
+        kill(self.ledger, self.path)
         record = self.path.stat().st_size - len(before)
         os.truncate(self.path, len(before) + min(left, record - 1))
         self.ledger = Ledger(self.path)
@@ -399,7 +410,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.paid[account][key] = (count, digest)
                 fresh.append((account, key))
         self.ledger.reserve_all([Request(account, account, *rest) for account, *rest in asked])
-        self.ledger.close()
+        kill(self.ledger, self.path)
         os.truncate(self.path, before + int(share * (self.path.stat().st_size - before)))
         for account, key in fresh[self.path.read_bytes()[before:].count(b"\n") :]:
             del self.paid[account][key]
@@ -440,8 +451,8 @@ def test_several_requests_are_one_write_and_refusals_among_them_are_free(
 ) -> None:
     ledger, writes, waits = Ledger(path, sync=True), [], []
     ledger.open("a", Terms("v", "soft", 10, hash_token("t")))
-    monkeypatch.setattr("os.write", lambda file, data, write=os.write: writes.append(data) or write(file, data))
-    monkeypatch.setattr("os.fdatasync", waits.append)
+    monkeypatch.setattr(DISK, "write", lambda file, data, at: writes.append(data) or Disk.write(DISK, file, data, at))
+    monkeypatch.setattr(DISK, "sync", waits.append)
 
     def ask(key: int, count: int, token: str = "t", digest: str = "d") -> Request:
         return Request("a", token, key, count, digest)
@@ -466,7 +477,7 @@ def test_of_several_grants_that_could_not_be_written_none_is_given(path: Path, m
     ledger.reserve_all(asked[:1])
     before = path.read_bytes()
     with monkeypatch.context() as broken:
-        broken.setattr("os.write", lambda file, data, write=os.write: write(file, data[:-5]))
+        broken.setattr(DISK, "write", lambda file, data, at: Disk.write(DISK, file, data[:-5], at))
         with pytest.raises(OSError, match="whole record"):
             ledger.reserve_all(asked)
     assert path.read_bytes() == before

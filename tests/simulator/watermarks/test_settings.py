@@ -17,7 +17,7 @@ from simulator.experiment.preflight import prepare
 from simulator.experiment.world import World
 from simulator.models import Classifier
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import OwnerModel, make_plan
+from simulator.plan.subjects import Marked, make_plan
 
 PAGE = Path(__file__).parents[3] / "docs" / "watermarks.md"
 
@@ -52,7 +52,7 @@ def owned() -> tuple[World, Classifier]:
     return world, train_owner(plan.benigns[0], world, None, torch.device("cpu")).model
 
 
-def embed(spec: OwnerModel) -> TrainedOwner:
+def embed(spec: Marked) -> TrainedOwner:
     world, benign = owned()
     return train_owner(spec, world, benign, torch.device("cpu"))
 
@@ -63,7 +63,7 @@ def test_every_setting_of_the_page_changes_the_victim() -> None:
     found = {str(spec.watermark): embed(spec) for spec in victims}
     weights = [torch.cat([p.flatten() for p in owner.model.parameters()]) for owner in found.values()]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
-    asked = [spec.watermark.params() for spec in victims if spec.watermark is not None]
+    asked = [spec.watermark.params() for spec in victims]
     # the questions that the issue of this page names
     assert {params["source_classes"] for params in asked} == {2, 4, 6, 8}
     assert {params["combination"] for params in asked} == {"tiles", "crops", "stripes"}
@@ -71,7 +71,6 @@ def test_every_setting_of_the_page_changes_the_victim() -> None:
     for weight in ("watermark_weight", "intra_weight", "inter_weight"):
         assert 0 in {params[weight] for params in asked}
     for spec, owner in zip(victims, found.values(), strict=True):
-        assert spec.watermark is not None
         assert owner.key is not None
         assert len(owner.key.info["sources"]) == spec.watermark.params()["source_classes"]
 
