@@ -39,7 +39,7 @@ from simulator.models import from_bytes
 from simulator.service.ledger import Grant, Request, Terms
 from simulator.service.log import QueryLog
 from simulator.service.query import MalformedQuery, Query
-from simulator.service.victim import Precision, VictimService
+from simulator.service.victim import Hide, Precision, VictimService
 from simulator.service.visit import Answer, Visit
 
 #: messages that one replica holds at once; the rest wait at the clients. A message has at most 3 MiB, so this bounds
@@ -77,12 +77,13 @@ class Replica:
         precision: Precision = "full",
         attacks: Mapping[str, str] = NOTHING,
         log: ActorHandle[Any] | None = None,
+        hide: Hide | None = None,
     ) -> None:
         self._ledger, self._shelf = ledger, shelf
         self._attacks = dict(attacks)  # empty in a sweep, whose accounts are opened later: _know asks for their attacks
         self._metrics = VictimMetrics(self._attacks)
         self._log = QueryLog(lambda name, data: ray.get(log.write.remote(name, data)), self._attacks) if log else None
-        self._service = VictimService(settle(placement), precision, room=ROOM)
+        self._service = VictimService(settle(placement), precision, room=ROOM, hide=hide)
         self._terms: dict[str, Terms] = {}
         self._worker = Worker(lambda: torch.set_num_threads(1))
         self._teller = Teller(lambda requests: ledger.reserve_all.remote(list(requests)), self._worker.low)
@@ -213,12 +214,14 @@ def deploy(
     precision: Precision = "full",
     attacks: Mapping[str, str] = NOTHING,
     log: ActorHandle[Any] | None = None,
+    hide: Hide | None = None,
 ) -> DeploymentHandle[Replica]:
     """Starts the service as a Serve application without an HTTP door; returns its handle.
 
     Args:
         attacks: the attack's name of each account, for the metrics and the query log.
         log: the actor :class:`actors.stores.LogFiles`; None without a query log.
+        hide: puts an evasion before the models.
     """
     # a proxy would take port 8000 of every node, and nobody would use it. Where Serve runs already, nothing changes
     serve.start(proxy_location="Disabled")
@@ -231,7 +234,7 @@ def deploy(
         ray_actor_options=placement.options(),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    application = deployment.bind(ledger, shelf, placement, precision, dict(attacks), log)
+    application = deployment.bind(ledger, shelf, placement, precision, dict(attacks), log, hide)
     for _ in range(START_TRIES - 1):
         with suppress(RuntimeError):
             return _run(application, name)

@@ -38,6 +38,7 @@ from actors.replica import Replica, deploy
 from actors.stores import ShelfActor
 from actors.transport import direct
 from simulator.errors import InputError
+from simulator.experiment.guarding import read_hiding
 from simulator.files import LOCK, Folder, locked, write_atomically
 from simulator.models import load_model
 from simulator.models.classifier import ModelSpec
@@ -45,6 +46,7 @@ from simulator.service.answers import check_labels, most_kept
 from simulator.service.http import ModelInfo
 from simulator.service.ledger import Grant, Ledger, Terms, digest_of, hash_token
 from simulator.service.query import MAX_BATCH, MAX_BYTES, Query
+from simulator.service.victim import Hide
 from simulator.service.visit import Answer
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -154,11 +156,15 @@ def served(
     tokens: Path | None = None,
     address: str | None = None,
     post: Post | None = None,
+    evasion: str | None = None,
+    evasion_images: str | None = None,
 ) -> Iterator[tuple[Offer, str]]:
     """Serves the model in ``file`` inside the block; yields the offer and the door's URL.
 
     Args:
         tokens: file for the new tokens, in clear; None where the caller shows them.
+        evasion, evasion_images: the model answers through an evasion (see
+            :func:`simulator.experiment.guarding.read_hiding`).
 
     Raises:
         InputError: the file, a setting, the directory, the port or the cluster cannot be used.
@@ -174,6 +180,7 @@ def served(
         raise InputError(f"--labels {labels}: allowed: top-1 to top-{spec.classes}, as the model has so many classes")
     data, post = file.read_bytes(), post or Post()
     victim = f"model-{digest_of(data)[:12]}"
+    hide = None if evasion is None else read_hiding(evasion, evasion_images, spec, victim)
     directory = directory or Path("runs") / f"serve_{victim}"
     with ExitStack() as stack:
         place = stack.enter_context(bound(post.host, post.port))
@@ -182,7 +189,7 @@ def served(
             control = stack.enter_context(bound("127.0.0.1", post.control, "--control-port"))
         stack.enter_context(held(directory))
         offer = prepare(data, victim, spec, directory, labels, budget, names, tokens)
-        ask, ledger = stack.enter_context(_service(offer, address))
+        ask, ledger = stack.enter_context(_service(offer, address, hide))
         door = Door(ask, ledger, offer.model, accounts.Accounts(directory, list(offer.terms)).find)
         app = build_app(door)
         gate = Gate(app, post.limits, door.find, tls=post.tls is not None)
@@ -290,7 +297,7 @@ def held(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _service(offer: Offer, address: str | None) -> Iterator[tuple[Any, Any]]:
+def _service(offer: Offer, address: str | None, hide: Hide | None) -> Iterator[tuple[Any, Any]]:
     """The victim and its ledger as actors, inside the block; yields how it is asked, and the ledger's handle.
 
     Raises:
@@ -304,7 +311,7 @@ def _service(offer: Offer, address: str | None) -> Iterator[tuple[Any, Any]]:
         shelf: Any = ShelfActor.options(**pinned).remote(str(offer.directory.resolve()))
         name = f"exsim-serve-{digest_of(str(offer.directory.resolve()).encode())[:12]}"
         try:
-            handle = deploy(name, ledger, shelf, Placement(resources.get("GPU", 0) >= 1, 1.0))
+            handle = deploy(name, ledger, shelf, Placement(resources.get("GPU", 0) >= 1, 1.0), hide=hide)
             yield _asker(handle), ledger
         except (RayError, RuntimeError, TimeoutError) as error:
             raise InputError(f"Ray Serve could not open the door: {' '.join(str(error).split())[-300:]}") from None

@@ -38,6 +38,8 @@ _directory = click.option("--dir", "directory", required=True, type=_file, help=
     type=click.FloatRange(0, 3600),
     help="Seconds to end what is under way.",
 )
+@click.option("--evasion", metavar="NAME[:KEY=VALUE,...]", help="Answer through it, as in outliers:features=logits.")
+@click.option("--evasion-images", metavar="SET", help="A data set: the images that the evasion needs.")
 @click.option("--address", help="Ray cluster to serve on (default: a local one).")
 @click.pass_context
 def serve(context: click.Context, /, accounts: int | None, names: tuple[str, ...], **given: Any) -> int:
@@ -47,6 +49,8 @@ def serve(context: click.Context, /, accounts: int | None, names: tuple[str, ...
     for name in ("model", "budget"):
         if given[name] is None:
             raise click.UsageError(f"Missing option '--{name}'.", context)
+    if given["evasion_images"] is not None and given["evasion"] is None:
+        raise click.UsageError("--evasion-images goes with --evasion.", context)
     if (given["tls_cert"] is None) != (given["tls_key"] is None):
         raise click.UsageError("--tls-cert and --tls-key go together.", context)
     terminal.quiet_ray()
@@ -56,7 +60,10 @@ def serve(context: click.Context, /, accounts: int | None, names: tuple[str, ...
     rates = {name: given[name] for name in ("account_rate", "address_rate", "parallel", "proxy")}
     tls = (given["tls_cert"], given["tls_key"]) if given["tls_cert"] else None
     post = Post(given["host"], given["port"], given["control_port"], tls, Limits(**rates), given["drain"])
-    offer = {name: given[name] for name in ("budget", "labels", "directory", "tokens", "address")}
+    offer = {
+        name: given[name]
+        for name in ("budget", "labels", "directory", "tokens", "address", "evasion", "evasion_images")
+    }
     with served(given["model"], names=account_names(accounts, names), post=post, **offer) as (offered, url):
         terminal.console().print("\n".join(offered.lines(url)), soft_wrap=True, highlight=False, markup=False)
         wait_for_the_end()

@@ -21,7 +21,6 @@ from simulator.context import Context
 from simulator.data.images import Images
 from simulator.detectors.base import Detection
 from simulator.detectors.clients import alarm_rate, watch_clients
-from simulator.evasions.base import Evasion
 from simulator.experiment.guarding import Asked, guarded
 from simulator.experiment.owner import TrainedOwner
 from simulator.experiment.removal import Washed
@@ -236,7 +235,7 @@ class Collector:
             "seed": subject.seed,
             **(_theft_columns(subject.theft) if subject.theft else {}),
             **(_removal_columns(washed.chain) if washed else {}),
-            **(_evasion_columns(subject.evasion) if isinstance(subject, Guarded) else {}),
+            **(_evasion_columns(subject) if isinstance(subject, Guarded) else {}),
             "allowed_loss": self._config.accuracy_loss if isinstance(subject, Removed) else None,
         }
 
@@ -354,5 +353,6 @@ def _removal_columns(chain: Sequence[Removed]) -> dict[str, Any]:
     }
 
 
-def _evasion_columns(evasion: Evasion) -> dict[str, Any]:
-    return {"evasion": evasion.name, "evasion_params": evasion.params_json()}
+def _evasion_columns(subject: Guarded) -> dict[str, Any]:
+    params = {**subject.evasion.params(), **({"pool": subject.pool.label} if subject.pool else {})}
+    return {"evasion": subject.evasion.name, "evasion_params": json.dumps(params, sort_keys=True)}

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from simulator.analysis.roc import roc_auc
 from simulator.context import Context
-from simulator.evasions.base import Guard
+from simulator.data.dataset import training_images
+from simulator.data.pool import Pool, convert_images
+from simulator.errors import InputError
+from simulator.evasions.base import EVASIONS, Guard
+from simulator.evasions.hiding import Hiding, oracle_over
 from simulator.experiment.world import World
 from simulator.models import Classifier
+from simulator.models.classifier import ModelSpec
+from simulator.plan.settings_file import apply_override
 from simulator.plan.subjects import POOL, Guarded
 from simulator.seeding import generator_for
-from simulator.service.oracle import AllowanceOracle, ModelOracle, Oracle
+from simulator.service.oracle import AllowanceOracle, Oracle
 from simulator.training.predict import predict_labels
-
-#: more than anybody asks of a model in memory
-PLENTY = 2**62
 
 
 class Asked:
@@ -39,7 +42,7 @@ class Asked:
 
     def suspect(self, budget: int) -> Oracle:
         """The oracle that an ownership test asks so many images."""
-        return AllowanceOracle(self._guard or open_oracle(self._model), budget)
+        return AllowanceOracle(self._guard or oracle_over(self._model, "hard"), budget)
 
     def flags(self, benign: Tensor, key: Tensor | None) -> dict[str, Any]:
         """The columns of a row that say what is flagged of benign images and of a key: the rates, and the area under
@@ -65,13 +68,6 @@ class Asked:
         return float((suspicion > self._guard.threshold).to(torch.float64).mean())
 
 
-def open_oracle(model: Classifier) -> ModelOracle:
-    """A model that gives hard labels to whoever asks."""
-    spec = model.spec
-    shape = (spec.channels, spec.size, spec.size)
-    return ModelOracle(model, labels="hard", classes=spec.classes, shape=shape, budget=PLENTY)
-
-
 def guarded(subject: Guarded, model: Classifier, world: World) -> Asked:
     """A model behind the evasion of its subject.
 
@@ -80,5 +76,38 @@ def guarded(subject: Guarded, model: Classifier, world: World) -> Asked:
     """
     clock, generator = time.perf_counter(), generator_for("guard", subject.id)
     pool = None if subject.pool is None else world.pool(subject.pool, POOL, generator)
-    guard = subject.evasion.guard(open_oracle(model), model, pool, Context(generator))
+    guard = subject.evasion.guard(oracle_over(model, "hard"), model, pool, Context(generator))
     return Asked(model, guard, time.perf_counter() - clock)
+
+
+def read_hiding(text: str, images: str | None, spec: ModelSpec, word: str) -> Hiding:
+    """What ``--evasion NAME[:key=value,...]`` of ``exsim serve`` says.
+
+    Example: ``filter:transform=blur,transform.sigma=2``.
+
+    Args:
+        images: a data set whose training images are the suspect's own.
+        spec: of the model that is served.
+        word: seeds what the evasion draws.
+
+    Raises:
+        InputError: no such evasion, setting or data set; images are missing, too few, or not needed.
+    """
+    name, _, settings = text.partition(":")
+    given: dict[str, Any] = {"name": name}
+    try:
+        for setting in filter(None, settings.split(",")):
+            apply_override(given, setting)
+        evasion = EVASIONS.make(given)
+    except InputError as error:
+        raise InputError(f"--evasion {text}: {str(error).removeprefix('--set ')}") from None
+    if evasion.data_free != (images is None):
+        needs = "needs no images: leave out --evasion-images" if evasion.data_free else "needs images: --evasion-images"
+        raise InputError(f"--evasion {text}: {name} {needs}")
+    if images is None:
+        return Hiding(evasion, None, word)
+    own = training_images(images)
+    some = own.take(torch.randperm(len(own), generator=generator_for("images", word))[:POOL])
+    pool = Pool(images, convert_images(some.images, spec.channels, spec.size), some.labels)
+    evasion.check(len(pool))
+    return Hiding(evasion, pool, word)

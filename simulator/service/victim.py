@@ -26,6 +26,14 @@ from simulator.training.predict import predict
 Precision = Literal["full", "half"]
 
 
+#: from images to probability rows ``(B, K)``
+Predict = Callable[[Tensor], Tensor]
+
+
+#: from a model to the function that answers in its place
+Hide = Callable[[Classifier], Predict]
+
+
 #: a probability in half precision differs from the one in full precision by this much at most
 HALF_TOLERANCE = 1e-2
 
@@ -41,6 +49,7 @@ class VictimService:
         half: the 16-bit type of ``half``, in place of the device's own (for tests on a CPU).
         room: bytes of weights that are kept; None keeps all. To make room for a new victim, those whose last query is
             the oldest are dropped. A dropped victim has to be added again before it is asked.
+        hide: puts an evasion before every model; None answers openly.
     """
 
     def __init__(
@@ -49,9 +58,11 @@ class VictimService:
         precision: Precision = "full",
         half: torch.dtype | None = None,
         room: int | None = None,
+        hide: Hide | None = None,
     ) -> None:
         self._device, self._room = device, room
         self._half = None if precision == "full" else half or (torch.float16 if device.type == "cuda" else None)
+        self._hide, self._hidden = hide, dict[str, Predict]()
         self._models: OrderedDict[str, Classifier] = OrderedDict()  # those asked longest ago first
 
     def __contains__(self, victim: str) -> bool:
@@ -61,8 +72,10 @@ class VictimService:
         """Adds a model under a victim's id."""
         self._models[victim] = model.to(self._device).eval()
         self._models.move_to_end(victim)
+        if self._hide is not None:
+            self._hidden[victim] = self._hide(self._models[victim])
         while self._room is not None and len(self._models) > 1 and sum(map(_size, self._models.values())) > self._room:
-            self._models.popitem(last=False)
+            self._hidden.pop(self._models.popitem(last=False)[0], None)
 
     def check(self, victim: str, images: object) -> str:
         """Checks images against the victim's input; returns their digest.
@@ -88,16 +101,17 @@ class VictimService:
     def answering(self, victim: str, labels: str, query: Query) -> Callable[[], NDArray[np.float32]]:
         """A function that computes :meth:`answer` later. It holds the model, so the victim may be dropped meanwhile."""
         self._models.move_to_end(victim)
-        return partial(self._answer, self._models[victim], victim, labels, query)
+        predict_ = self._hidden.get(victim) or partial(self._predict, self._models[victim])
+        return partial(self._answer, predict_, victim, labels, query)
 
-    def _answer(self, model: Classifier, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
+    def _answer(self, predict_: Predict, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
         # torch warns about read-only memory, such as Ray's zero-copy arrays. It refuses negative strides, which numpy
         # calls contiguous in a dimension of one entry
         images = np.require(query.images, requirements=["C", "W"])
         if min(images.strides) < 0:
             images = images.copy()
         policy = answer_policy(labels, victim, query.account, query.key)
-        rows = policy(self._predict(model, torch.from_numpy(images)))
+        rows = policy(predict_(torch.from_numpy(images)))
         answers: NDArray[np.float32] = rows.numpy()
         return answers
 

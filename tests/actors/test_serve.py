@@ -24,6 +24,8 @@ from actors.serving import Offer, Post, account_names, held, prepare, served
 from simulator.cli import main
 from simulator.errors import InputError
 from simulator.models import load_model, save_model
+from simulator.ownership.key import KeySamples, save_key
+from simulator.ownership.suspect import verify_file, verify_url
 from simulator.service.http import connect
 from simulator.service.ledger import Ledger, Terms, digest_of, hash_token
 from simulator.service.oracle import BudgetExhausted
@@ -206,6 +208,9 @@ def folder(tmp_path: Path) -> Path:
         (["--control-port", "BUSY"], "--control-port"),
         (["--tls-cert", "text"], "go together"),
         (["--drain", "-1"], "--drain"),
+        (["--evasion", "filter:transform=bluur"], "did you mean 'blur'?"),
+        (["--evasion", "outliers"], "--evasion-images"),
+        (["--evasion-images", "digits"], "goes with --evasion"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -260,6 +265,22 @@ def test_the_door_stands_beside_what_else_serve_does_on_a_cluster(ray_session: N
         with pytest.raises(BudgetExhausted, match="0 of 9 remain"):
             fresh.query(IMAGES[9:10])
     assert not [name for name in serve.status().applications if name.startswith("exsim-serve")]
+
+
+@pytest.mark.ray
+def test_an_ownership_test_meets_the_evasion_of_a_served_model(ray_session: None, folder: Path) -> None:
+    post, hidden = Post(port=0, control=0, drain=5), "filter:transform=quantise,transform.levels=2"
+    levels = ((IMAGES >= 128).float() + 0.5) / 2
+    key = KeySamples(IMAGES[:200], predict(MODEL, levels[:200]).argmax(1), 10, {"filter": "none"})
+    save_key(key, folder / "key")
+    found = {}
+    for name, evasion in (("open", None), ("hidden", hidden)):
+        where = folder / name
+        with served(folder / "model", budget=200, directory=where, post=post, evasion=evasion) as (offered, url):
+            token = offered.fresh["account-1"]
+            found[name] = verify_url(url, folder / "key", "wsr", {}, token=token)[0].statistic
+    assert found["hidden"] == 1.0
+    assert found["open"] == verify_file(folder / "model", folder / "key")[0].statistic < 1.0
 
 
 #: as a terminal starts it: a shell's background job, which tests may be, has SIGINT ignored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ def test_every_suspect_has_a_row_and_no_model(whole: Run) -> None:
         assert row.status == "ok"
         assert None not in rates(row)
         assert (row.parent, row.victim) == (guard.target.id, BENIGN if guard.control else guard.owner.id)
-        assert (row.evasion, row.evasion_params) == (guard.evasion.name, guard.evasion.params_json())
+        pool = {"pool": guard.pool.label} if guard.pool else {}
+        assert row.evasion == guard.evasion.name
+        assert json.loads(row.evasion_params or "") == guard.evasion.params() | pool
         assert (row.removal is not None) == isinstance(guard.target, Removed)
         assert (row.attack is not None) == (guard.theft is not None)
         flags = (row.flagged_benign, row.flagged_key, row.flagged_auc)
@@ -218,10 +221,10 @@ def test_the_report_shows_it_under_its_model_with_its_control(whole: Run) -> Non
     assert all(len(line.controls) == 1 and line.controls[0].role == "guarded" for line in found)
     names = [Labels(lines(rows)).attack(line.row) for line in lines(rows) if line.row.origin == "stolen"]
     assert names[-1] == "knockoff then pruning behind filter(transform.sigma=2.0)"
-    assert "knockoff behind outliers(logits, flag_rate=0.1)" in names
+    assert "knockoff behind outliers(logits, flag_rate=0.1, attacker)" in names
     table = markdown_table(rows)
     assert "flagged key %" in table
-    assert "victim behind outliers(pixels, flag\\_rate=0.1)" in table
+    assert "victim behind outliers(pixels, flag\\_rate=0.1, owner)" in table
     assert "behind outliers" in wsr_vs_accuracy(lines(rows))
 
 
