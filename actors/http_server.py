@@ -31,8 +31,13 @@ from simulator.errors import InputError
 #: seconds that a connection may spend in a phase: until a head has come whole, which also ends what is left of a body
 #: after the reply; from the head to the reply; and until the reply was taken
 SECONDS = {"head": 10.0, "request": 420.0, "reply": 60.0}
-#: seconds of CPU that the parser may spend on one request: a body in chunks of one byte takes a thousand times more
-PARSE_SECONDS = 1.0
+#: seconds of CPU that the parser may spend on one request, and on each of its bytes: a body in chunks of one byte takes
+#: a hundred times more
+PARSE_SECONDS, PARSE_SECONDS_A_BYTE = 0.1, 5e-8
+#: bytes that are parsed between two looks at that
+SLICE = 4 << 10
+#: bytes of a request that are read after its reply: a client may read the reply only when it has sent everything
+REST = 32 << 20
 #: bytes of a request's head at most
 HEAD = 16 << 10
 #: seconds between two looks at a connection
@@ -50,6 +55,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **more)
         self._most, self._spent, self._phase, self._since = most, 0.0, ("head", 0), 0.0
         self._timed: object = None
+        self._parsed, self._rest = 0, 0
         self._look_again: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -68,13 +74,25 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come. What takes too long to parse is cut off."""
+        """Bytes have come. They are parsed in slices, and what takes the parser too long is cut off."""
+        # a body of known length is one piece to the parser, whatever is in it
+        whole = self.cycle is not None and any(name == b"content-length" for name, _ in self.headers)
+        step = max(1, len(data)) if whole else SLICE
+        for start in range(0, len(data), step):
+            if self.transport.is_closing():
+                return
+            self._parse(data[start : start + step])
+
+    def _parse(self, data: bytes) -> None:
         before = time.thread_time()
         super().data_received(data)
         if self.cycle is not self._timed:
-            self._timed, self._spent = self.cycle, 0.0
+            self._timed, self._spent, self._parsed, self._rest = self.cycle, 0.0, 0, 0
         self._spent += time.thread_time() - before
-        if self._spent > PARSE_SECONDS:
+        self._parsed += len(data)
+        if self.cycle is not None and self.cycle.response_complete:
+            self._rest += len(data)
+        if self._spent > PARSE_SECONDS + PARSE_SECONDS_A_BYTE * self._parsed or self._rest > REST:
             self.transport.abort()
 
     def _look(self) -> None:

@@ -30,6 +30,7 @@ _directory = click.option("--dir", "directory", required=True, type=_file, help=
 @click.option("--account-rate", default=0.0, type=click.FloatRange(0), help="Requests a second of an account.  [any]")
 @click.option("--address-rate", default=0.0, type=click.FloatRange(0), help="Requests a second of an address.  [any]")
 @click.option("--parallel", default=16, show_default=True, type=click.IntRange(1), help="Of an account, under way.")
+@click.option("--address-parallel", default=256, show_default=True, type=click.IntRange(1), help="Of an address.")
 @click.option("--behind", "proxy", metavar="ADDRESS", help="A reverse proxy whose X-Forwarded-For says who asks.")
 @click.option(
     "--drain",
@@ -57,7 +58,7 @@ def serve(context: click.Context, /, accounts: int | None, names: tuple[str, ...
     from actors.http_gate import Limits
     from actors.serving import Post, account_names, served, wait_for_the_end
 
-    rates = {name: given[name] for name in ("account_rate", "address_rate", "parallel", "proxy")}
+    rates = {name: given[name] for name in ("account_rate", "address_rate", "parallel", "address_parallel", "proxy")}
     tls = (given["tls_cert"], given["tls_key"]) if given["tls_cert"] else None
     post = Post(given["host"], given["port"], given["control_port"], tls, Limits(**rates), given["drain"])
     offer = {

@@ -1,4 +1,5 @@
-"""Removals on Ray: models and rows of the plain loop, with what the theft was answered taken off the shelf."""
+"""Removals and evasions on Ray: models and rows of the plain loop, with what the theft was answered taken off the
+shelf, and the images of suspects off the disk."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nothin
 
 BRIEF = {"epochs": 2, "batch_size": 32}
 TRANSFER = {"name": "fine_tuning", "data": "transfer", "labels": "answers", "training": BRIEF}
+LYING = {"name": "outliers", "detector": ["lof", "isolation_forest"], "flag_rate": 0.1}
 CONFIG: dict[str, Any] = {
     "name": "tiny",
     "dataset": {"name": "digits", "size": 8, "owner": 120, "attacker": 100, "test": 80},
@@ -39,11 +41,17 @@ CONFIG: dict[str, Any] = {
             "then": [
                 {
                     "removal": [TRANSFER, {"name": "class_features", "share": 1.0, "epochs": 2}],
-                    "then": [{"removal": "pruning"}],
-                }
+                    "then": [{"removal": "pruning"}, {"evasion": "filter"}],
+                },
+                {"evasion": LYING, "pool": {"attacker": 1, "patches": 1}},
             ],
         },
-        {"then": [{"removal": [{"name": "fine_pruning", "training": BRIEF}]}]},
+        {
+            "then": [
+                {"removal": [{"name": "fine_pruning", "training": BRIEF}]},
+                {"evasion": LYING, "pool": "owner"},
+            ]
+        },
     ],
 }
 
@@ -59,7 +67,7 @@ def weights(directory: RunDirectory) -> dict[str, dict[str, Any]]:
     return {file.name: {name: tensor.tolist() for name, tensor in load_file(file).items()} for file in models}
 
 
-def test_removals_on_ray_are_those_of_the_plain_loop(tmp_path: Path) -> None:
+def test_removals_and_evasions_on_ray_are_those_of_the_plain_loop(tmp_path: Path) -> None:
     config = check_config(json.loads(json.dumps(CONFIG)))
     plan, world = prepare(config)
     display = Display(Console(quiet=True), total=0, quiet=True)
@@ -70,3 +78,4 @@ def test_removals_on_ray_are_those_of_the_plain_loop(tmp_path: Path) -> None:
     assert rows(ray) == rows(local)
     assert weights(ray) == weights(local)
     assert len([row for row in ray.rows() if row.role == "removed"]) == 2 * (4 + 1)
+    assert len([row for row in ray.rows() if row.role == "guarded"]) == 2 * (2 + 2 + 2)
