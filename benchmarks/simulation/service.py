@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from actors.replica import Replica
@@ -47,11 +49,13 @@ class Service(VictimService):
     """The checks of the real service, and a model of one line. It has no state, so all replicas share it."""
 
     def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
         models: Any = OrderedDict(v=SimpleNamespace(spec=SPEC))
         self._models = models
 
-    def _answer(self, model: Any, victim: str, labels: str, query: Query) -> NDArray[np.float32]:
-        return answer_to(query)
+    def answering(self, victim: str, labels: str, query: Query) -> Callable[[], NDArray[np.float32]]:
+        """See :class:`VictimService`."""
+        return functools.partial(answer_to, query)
 
 
 class LoopWorker(Worker):
