@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import functools
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -75,7 +75,8 @@ def _place(process: int) -> Path:
     """Where the ledger of a process's histories lies: in memory, where there is such a folder."""
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="exsim-simulation-", dir=shared if shared.is_dir() else None))
-    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
+    # by multiprocessing, as a forked worker does not come to what is registered with atexit
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=1)
     return folder / "ledger.log"
 
 
