@@ -15,7 +15,7 @@ help:
 	@echo "make check    lint, format and types"
 	@echo "make bench    the benchmarks"
 	@echo "make chaos    kill everything that a run is made of, 100 times, and check its account (about 20 minutes)"
-	@echo "make simulate  a million simulated histories of ledger, service and clients (about 20 minutes on two cores)"
+	@echo "make simulate a million simulated histories of ledger, service and clients"
 	@echo "make fuzz     throw 10,000 odd queries and configurations at what takes input (minutes)"
 	@echo "make clean    remove caches and builds; $(VENV) and runs stay"
 

@@ -72,9 +72,10 @@ class Result:
 
 @functools.cache
 def _place(process: int) -> Path:
-    """Where the ledger of a process's histories lies: in memory, where there is such a folder."""
+    """Where the ledger of a process's histories lies: in memory, where there is such a folder. A forked process, whose
+    number is another one, has a folder of its own."""
     shared = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="exsim-simulation-", dir=shared if shared.is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix=f"exsim-simulation-{process}-", dir=shared if shared.is_dir() else None))
     # by multiprocessing, as a forked worker does not come to what is registered with atexit
     Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=1)
     return folder / "ledger.log"
