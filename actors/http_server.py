@@ -36,6 +36,8 @@ SECONDS = {"head": 10.0, "request": 420.0, "reply": 60.0}
 PARSE_SECONDS, PARSE_SECONDS_A_BYTE = 0.1, 5e-8
 #: bytes that are parsed between two looks at that
 SLICE = 4 << 10
+#: seconds that one slice counts at most: a collection of garbage, which takes longer, may fall into it
+SLICE_SECONDS = 0.02
 #: bytes of a request that are read after its reply: a client may read the reply only when it has sent everything
 REST = 32 << 20
 #: bytes of a request's head at most
@@ -88,7 +90,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not self._timed:
             self._timed, self._spent, self._parsed, self._rest = self.cycle, 0.0, 0, 0
-        self._spent += time.thread_time() - before
+        self._spent += min(time.thread_time() - before, SLICE_SECONDS)
         self._parsed += len(data)
         if self.cycle is not None and self.cycle.response_complete:
             self._rest += len(data)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ def test_a_body_in_chunks_of_one_byte_is_cut_off(site: Site) -> None:
         chunks = (body[start : start + size] for start in range(0, len(body), size))
         assert requests.post(site.url + "/v1/predict", chunks, headers=headers, timeout=30).status_code in (200, 429)
     assert site.spent(token) == 800
+
+
+def test_a_collection_of_garbage_while_it_is_parsed_ends_no_request(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count(0, 5)  # five seconds of CPU between any two looks
+    token = site.open()
+    monkeypatch.setattr(time, "thread_time", lambda: next(ticks))
+    assert site.ask(token).status_code == 200
 
 
 def test_what_follows_a_refusal_is_read_for_a_while_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

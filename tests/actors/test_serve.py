@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +359,32 @@ def test_a_model_is_served_asked_and_ended_and_its_balance_is_kept(folder: Path)
     victim = f"model-{digest_of(data)[:12]}"
     again = prepare(data, victim, MODEL.spec, folder / "kept", "soft", 10, ["account-1"])
     assert (again.remaining, again.fresh) == ({"account-1": 6}, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["serve --model model --budget 9 --port 0 --dir out", "run tiny.yaml --out out"])
+def test_sigterm_at_the_start_is_one_line(command: str, folder: Path, tiny_config: Path) -> None:
+    """While Ray starts, the signal is Ray's own handler's."""
+    shutil.copy(tiny_config, folder / "tiny.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-W", "ignore", "-m", "simulator", *command.split()]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, cwd=folder, env=environment, start_new_session=True, **pipes)
+    try:
+        deadline = time.monotonic() + 120
+        while not children(process.pid):  # Ray's first process
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.terminate()
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err.splitlines()[-1:]) == (130, ["interrupted"]), out + err
+        assert len(err.splitlines()) == 1, err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(parent: int) -> list[str]:
+    """What a process has started."""
+    return [pid for task in Path(f"/proc/{parent}/task").glob("*/children") for pid in task.read_text().split()]
