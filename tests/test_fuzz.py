@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz, fuzz_configs, fuzz_queries
 from benchmarks.fuzz_queries import Book, Tally, draw
-from simulator.service.ledger import Grant, Ledger, Unauthorised
+from simulator.service.ledger import Grant, Ledger, Refused, Request, Unauthorised
 from simulator.service.query import Query
 from simulator.service.victim import VictimService
 
@@ -60,37 +62,37 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     assert [type(case.query) for case in one] == [type(case.query) for case in two]
 
 
-def free(self: Ledger, *asked: Any) -> Grant:
+def free(self: Ledger, requests: Sequence[Request]) -> list[Grant | Refused]:
     """Grants and writes nothing."""
-    return Grant(asked[3], fresh=True, remaining=1)
+    return [Grant(request.count, fresh=True, remaining=1) for request in requests]
 
 
-def twice(self: Ledger, *asked: Any) -> Grant:
+def twice(self: Ledger, requests: Sequence[Request]) -> list[Grant | Refused]:
     """Charges everything twice."""
-    reserve(self, *asked[:2], asked[2] + 2**40, *asked[3:])
-    return reserve(self, *asked)
+    reserve_all(self, [replace(request, key=request.key + 2**40) for request in requests])
+    return reserve_all(self, requests)
 
 
-def rude(self: Ledger, *asked: Any) -> Grant:
+def rude(self: Ledger, requests: Sequence[Request]) -> list[Grant | Refused]:
     """Refuses in three lines."""
-    raise Unauthorised("no\nno\nno")
+    return [Unauthorised("no\nno\nno") for _ in requests]
 
 
 def wrong(self: VictimService, victim: str, labels: str, query: Query) -> Any:
     """Answers something else."""
-    return answer(self, victim, "hard", query)
+    return answering(self, victim, "hard", query)
 
 
-reserve, answer = Ledger.reserve, VictimService.answer
+reserve_all, answering = Ledger.reserve_all, VictimService.answering
 
 
 @pytest.mark.parametrize(
     ("broken", "fault"),
     [
-        ((Ledger, "reserve", free), "charged"),
-        ((Ledger, "reserve", twice), "charged"),
-        ((Ledger, "reserve", rude), "3 lines"),
-        ((VictimService, "answer", wrong), "other answers"),
+        ((Ledger, "reserve_all", free), "charged"),
+        ((Ledger, "reserve_all", twice), "charged"),
+        ((Ledger, "reserve_all", rude), "3 lines"),
+        ((VictimService, "answering", wrong), "other answers"),
         ((VictimService, "check", lambda *_: "digest"), "wanted MalformedQuery"),
     ],
     ids=["charges nothing", "charges twice", "is not one line", "answers wrongly", "checks nothing"],

@@ -225,8 +225,9 @@ import os, sys
 from pathlib import Path
 import ray
 from ray import serve
-from actors.cluster import _reach, connected, lay_out
+from actors.cluster import _reach, connected
 from actors.devices import settle
+from actors.layout import lay_out
 from simulator.config import check_config
 
 @ray.remote

@@ -39,7 +39,9 @@ from simulator.watermarks.deeptracer import DeepTracer
 
 BRIEF = {"epochs": 2, "batch_size": 32}
 KNOCKOFF = {"name": "knockoff", "training": BRIEF}
-MARGINS = [{"name": "deeptracer", "first_epochs": 1, "second_epochs": 2, "candidates": 40, "margin": m} for m in (1, 2)]
+#: a short training with many triggers, so that the victim learns some: a key of which it answers nothing is refused
+SHORT = {"first_epochs": 1, "second_epochs": 12, "second_ratio": 1.0, "watermark_weight": 5.0, "candidates": 40}
+MARGINS = [{"name": "deeptracer", **SHORT, "margin": m} for m in (1, 2)]
 CONFIG: dict[str, Any] = {
     "name": "tiny",
     "dataset": {"name": "digits", "size": 8, "owner": 120, "attacker": 300, "test": 80},

@@ -394,7 +394,7 @@ class TestQueryLog:
         ledger.reserve("a", "secret", 0, 3, "digest")
         ledger.close()
         for _ in range(2):  # a run may be resumed and ended again
-            directory.restore_query_log({"a": "knockoff"})
+            directory.settle({"a": "knockoff"})
             (part,) = (directory.path / "queries").glob("*.parquet")
             (entry,) = pq.read_table(part).to_pylist()
             assert (entry["account"], entry["attack"], entry["count"]) == ("a", "knockoff", 3)

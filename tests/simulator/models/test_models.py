@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from simulator.context import Context
 from simulator.data.dataset import DataConfig, load
 from simulator.errors import InputError
 from simulator.models import (
@@ -396,7 +397,7 @@ def test_an_architecture_of_a_plug_in_trains_and_is_saved_and_loaded(
     data = load(DataConfig(name="digits"))
     model = build("tiny", channels=1, size=16, classes=10, mean=data.mean, std=data.std, generator=seeded(0))
     recipe = Recipe(epochs=8, batch_size=32, learning_rate=0.01)
-    fit(model, data.owner.images, data.owner.labels, recipe, generator=seeded(1))
+    fit(model, data.owner.images, data.owner.labels, recipe, Context(seeded(1)))
     accuracy = (predict_labels(model, data.test.images) == data.test.labels).float().mean()
     assert accuracy > 0.8
     save_model(model, tmp_path / "tiny.safetensors")

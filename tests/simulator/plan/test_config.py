@@ -324,13 +324,13 @@ BAD = [
     (BASE + "scenarios: [{stages: [{attack: knockoff}, {attack: knockoff}], budget: 5}]", "no other key beside it"),
     (BASE + "scenarios: [{then: []}]", "scenarios.0: a scenario has either 'attack' or 'stages', or only 'then'"),
     (BASE + "scenarios: [{then: [{removal: pruning}], budget: 9}]", "has no other key than 'then'"),
-    (BASE + "scenarios: [{then: [{}]}]", "scenarios.0.then.0.removal: Field required"),
+    (BASE + "scenarios: [{then: [{}]}]", "scenarios.0.then.0: removal: an empty list removes nothing"),
     (BASE + "scenarios: [{then: [{removal: []}]}]", "removal: an empty list removes nothing"),
     (
         BASE + "scenarios: [{then: [{removal: {name: pruning, fraction: []}}]}]",
         "fraction: an empty list removes nothing",
     ),
-    (BASE + "scenarios: [{then: [{removal: prunning}]}]", "'prunning' is not one of pruning"),
+    (BASE + "scenarios: [{then: [{removal: prunning}]}]", "'prunning' is not one of adaptive"),
     (
         BASE + "scenarios: [{then: [{removal: [pruning, prune]}]}]",
         "scenarios.0.then.0.removal.1: 'prune' is not one of",
@@ -354,7 +354,7 @@ BAD = [
     ),
     (
         BASE + "scenarios: [{then: [{removal: pruning, pol: owner}]}]",
-        "pol: no such setting; 'pol' is not one of removal, pool",
+        "pol: no such setting; 'pol' is not one of removal, evasion, pool",
     ),
     (BASE + "scenarios: [{then: [{removal: pruning, pool: atacker}]}]", "(did you mean 'attacker'?)"),
     (BASE + "scenarios: [{then: {removal: pruning}}]", "scenarios.0.then: Input should be a valid array"),
