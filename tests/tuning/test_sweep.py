@@ -163,11 +163,11 @@ def check_whole_sweep(path: Path, printed: str) -> None:
     (path / "sweep" / "recommendation.json").unlink()
     for file in (path / "results").glob(f"part-{stolen.scenario_id}*"):
         file.unlink()
-    before = {row.identity: row.started for row in rows}
+    before = {row.identity: row.finished for row in rows}  # the copy is kept: it is measured again, not stolen again
     ledger = (path / "ledger" / "ledger.log").read_bytes()
     assert main(["sweep", "--resume", str(path)]) == 0
     assert plain(read_trials(path / "sweep" / "trials.parquet")) == plain(first)
-    again = {row.identity: row.started for row in read_rows(path)}
+    again = {row.identity: row.finished for row in read_rows(path)}
     assert {one for one in again if again[one] != before[one]} == {stolen.identity}
     assert again.keys() == before.keys()
     assert (path / "ledger" / "ledger.log").read_bytes() == ledger
