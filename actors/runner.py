@@ -20,7 +20,7 @@ from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.schedule import Scheduler
 from simulator.experiment.world import World
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import Plan
+from simulator.plan.tree import Plan
 from simulator.service.ledger import Ledger
 
 #: seconds between two looks at the board and the ledger

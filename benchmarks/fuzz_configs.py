@@ -23,7 +23,7 @@ from simulator.cli import main as exsim
 from simulator.errors import InputError
 from simulator.plan.config import RunConfig, check_config, read_config
 from simulator.plan.settings_file import presets
-from simulator.plan.subjects import make_plan
+from simulator.plan.tree import make_plan
 
 #: scenarios, seeds or victims above which a plan would take the fuzzer's time
 LARGE = 200

@@ -27,7 +27,7 @@ from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.world import World
 from simulator.files import write_atomically
 from simulator.plan.config import check_config
-from simulator.plan.subjects import make_plan
+from simulator.plan.tree import make_plan
 from tuning.config import SweepConfig, read_sweep
 from tuning.halving import Halving
 from tuning.loggers import callbacks

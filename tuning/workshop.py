@@ -24,7 +24,8 @@ from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.schedule import Scheduler, WorkFailed
 from simulator.files import Folder
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import Marked, Plan, Stolen, Subject, Trained, make_plan
+from simulator.plan.subjects import Marked, Stolen, Subject, Trained
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row
 from tuning.config import SweepConfig
 from tuning.objective import Measured

@@ -37,7 +37,22 @@ _set = click.option(
 _data = click.option("--data", type=_path, envvar="EXSIM_DATA", help="Where data sets lie.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands of ``exsim``. An interrupt is told by :func:`main`: click would print an empty line before it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, or SIGTERM."""
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="exsim")
 def exsim() -> None:
     """Simulates model-extraction attacks against watermarked classifiers."""
@@ -278,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         message = error.format_message()
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, _Interrupted):
         print("interrupted", file=sys.stderr)
         return terminal.INTERRUPTED
     print(f"exsim: {plain(message)}", file=sys.stderr)

@@ -15,7 +15,7 @@ from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.plan.config import RunConfig
-    from simulator.plan.subjects import Plan
+    from simulator.plan.tree import Plan
 
 
 def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
@@ -25,7 +25,7 @@ def show_plan(config: RunConfig, data: Path | None, address: str | None) -> int:
         InputError: a run would be refused, or no cluster is at the address.
     """
     from simulator.experiment.preflight import look_at
-    from simulator.plan.subjects import make_plan
+    from simulator.plan.tree import make_plan
 
     plan = make_plan(config)
     foreign, absent = look_at(config, data)

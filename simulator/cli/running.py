@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simulator.experiment.rundir import RunDirectory
     from simulator.experiment.world import World
     from simulator.plan.config import RunConfig
-    from simulator.plan.subjects import Plan
+    from simulator.plan.tree import Plan
 
 
 @dataclass(frozen=True)

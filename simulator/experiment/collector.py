@@ -95,7 +95,7 @@ class Collector:
         A victim gives two rows: its own, and its benign model's with the same key.
 
         Args:
-            keys: the victims whose keys concern it (see :meth:`simulator.plan.subjects.Plan.keys_for`).
+            keys: the victims whose keys concern it (see :meth:`simulator.plan.tree.Plan.keys_for`).
             charged: images that the ledger charged for its theft. If the thief's own count differs, the rows are
                 failures, because no figure of such a run can be trusted.
         """

@@ -24,7 +24,8 @@ from simulator.experiment.theft import Theft, run_scenario
 from simulator.experiment.world import World
 from simulator.models import Classifier
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import Marked, OwnerModel, Plan, Removed, Stolen, Subject
+from simulator.plan.subjects import Marked, OwnerModel, Removed, Stolen, Subject
+from simulator.plan.tree import Plan
 from simulator.records.rows import Row
 from simulator.service.ledger import Ledger
 from simulator.service.local import LocalTransport

@@ -17,7 +17,8 @@ from simulator.experiment.world import World
 from simulator.models import build
 from simulator.ownership.key import KeySamples
 from simulator.plan.config import RunConfig
-from simulator.plan.subjects import POOL, Plan, Removed, Stolen, Suspect, make_plan
+from simulator.plan.subjects import POOL, Removed, Stolen, Suspect
+from simulator.plan.tree import Plan, make_plan
 from simulator.seeding import generator_for
 from simulator.service.answers import most_kept
 

@@ -38,7 +38,8 @@ from simulator.files import LOCK, Folder, demand_plain, locked, write_atomically
 from simulator.models import Classifier, load_model, save_model
 from simulator.ownership.key import KeySamples, load_key, save_key
 from simulator.plan.config import RunConfig, read_config
-from simulator.plan.subjects import Guarded, Marked, OwnerModel, Plan, Removed, Stolen, Subject, Suspect
+from simulator.plan.subjects import Guarded, Marked, OwnerModel, Removed, Stolen, Subject, Suspect
+from simulator.plan.tree import Plan
 from simulator.records.detections import detectors_json
 from simulator.records.provenance import read_run_info
 from simulator.records.rows import Row, read_rows

@@ -27,7 +27,8 @@ from simulator.data.dataset import Outline
 from simulator.models import build
 from simulator.models.classifier import parameter_count
 from simulator.plan.config import RunConfig, StageConfig
-from simulator.plan.subjects import POOL, Marked, OwnerModel, Plan, Removed, Stolen
+from simulator.plan.subjects import POOL, Marked, OwnerModel, Removed, Stolen
+from simulator.plan.tree import Plan
 from simulator.training.predict import predict, to_input
 from simulator.training.recipe import Recipe, cross_entropy
 

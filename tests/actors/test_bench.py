@@ -17,7 +17,7 @@ from simulator.errors import InputError, RunFailed
 from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.schedule import WorkFailed
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Plan, make_plan
+from simulator.plan.tree import Plan, make_plan
 
 BUDGETS = (100, 500, 300, 400, 200)
 

@@ -28,7 +28,8 @@ from simulator.experiment.local import LocalRun
 from simulator.experiment.preflight import prepare
 from simulator.experiment.rundir import RunDirectory
 from simulator.plan.config import RunConfig, check_config, read_config
-from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen, Subject, make_plan
+from simulator.plan.subjects import Marked, OwnerModel, Stolen, Subject
+from simulator.plan.tree import Plan, make_plan
 from simulator.service.ledger import Ledger, digest_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]

@@ -362,7 +362,7 @@ def test_a_model_is_served_asked_and_ended_and_its_balance_is_kept(folder: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["run tiny.yaml --out out"])
+@pytest.mark.parametrize("command", ["serve --model model --budget 9 --port 0 --dir out", "run tiny.yaml --out out"])
 def test_sigterm_at_the_start_is_one_line(command: str, folder: Path, tiny_config: Path) -> None:
     """While Ray starts, the signal is Ray's own handler's."""
     shutil.copy(tiny_config, folder / "tiny.yaml")

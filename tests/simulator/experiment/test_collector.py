@@ -25,7 +25,8 @@ from simulator.experiment.theft import Theft
 from simulator.models import Classifier, build
 from simulator.ownership.key import KeySamples
 from simulator.plan.config import check_config
-from simulator.plan.subjects import Marked, Plan, Removed, Stolen, Subject, make_plan
+from simulator.plan.subjects import Marked, Removed, Stolen, Subject
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row, read_rows
 from simulator.removals.base import REMOVALS
 

@@ -24,7 +24,8 @@ from simulator.experiment.local import LocalRun
 from simulator.experiment.preflight import prepare
 from simulator.experiment.rundir import RunDirectory
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Guarded, Plan, Removed, Stolen, make_plan
+from simulator.plan.subjects import Guarded, Removed, Stolen
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row
 from simulator.report.lines import Labels, lines
 from simulator.report.plots import wsr_vs_accuracy

@@ -14,7 +14,8 @@ import pytest
 from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.schedule import Scheduler, WorkFailed
 from simulator.plan.config import check_config
-from simulator.plan.subjects import Marked, Plan, Removed, Subject, make_plan
+from simulator.plan.subjects import Marked, Removed, Subject
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row
 from simulator.removals.pruning import Pruning
 

@@ -28,7 +28,8 @@ from simulator.experiment.theft import run_scenario
 from simulator.experiment.world import World
 from simulator.models import load_model
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Marked, OwnerModel, Plan, Stolen, Trained, make_plan
+from simulator.plan.subjects import Marked, OwnerModel, Stolen, Trained
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row
 from simulator.service.answers import answer_policy
 from simulator.service.ledger import Ledger, digest_of

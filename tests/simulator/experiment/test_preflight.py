@@ -20,7 +20,7 @@ from simulator.experiment.preflight import load_world, look_at, pools_fit, prepa
 from simulator.experiment.world import World
 from simulator.models import Classifier
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import make_plan
+from simulator.plan.tree import make_plan
 from simulator.removals.base import REMOVALS, Removal
 
 BRIEF = {"epochs": 1, "batch_size": 32}

@@ -27,7 +27,8 @@ from simulator.experiment.theft import Theft
 from simulator.models import Classifier, build, load_model, save_model
 from simulator.ownership.key import KeySamples, save_key
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Marked, Plan, Removed, Stolen, Subject, make_plan
+from simulator.plan.subjects import Marked, Removed, Stolen, Subject
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.detections import detectors_json
 from simulator.records.rows import Row, write_row
 from simulator.removals.base import REMOVALS

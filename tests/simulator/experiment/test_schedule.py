@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from simulator.experiment.rundir import RunDirectory
 from simulator.experiment.schedule import Scheduler, WorkFailed
 from simulator.plan.config import check_config
-from simulator.plan.subjects import Marked, Plan, Subject, make_plan
+from simulator.plan.subjects import Marked, Subject
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row
 
 T = TypeVar("T")

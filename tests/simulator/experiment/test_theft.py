@@ -17,7 +17,7 @@ from simulator.experiment.preflight import load_world
 from simulator.experiment.theft import Theft, run_scenario
 from simulator.models import build
 from simulator.plan.config import check_config
-from simulator.plan.subjects import make_plan
+from simulator.plan.tree import make_plan
 from simulator.progress import Progress, silent
 from simulator.seeding import generator_for
 from simulator.service.ledger import Ledger

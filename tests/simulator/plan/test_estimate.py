@@ -29,7 +29,7 @@ from simulator.plan.estimate import (
     theft_work,
 )
 from simulator.plan.settings_file import presets
-from simulator.plan.subjects import make_plan
+from simulator.plan.tree import make_plan
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import WATERMARKS
 

@@ -4,7 +4,8 @@ import pytest
 
 from simulator.component import BENIGN
 from simulator.plan.config import RunConfig, check_config, read_config
-from simulator.plan.subjects import Marked, Plan, Removed, Stolen, Trained, make_plan, short_hash
+from simulator.plan.subjects import Marked, Removed, Stolen, Trained, short_hash
+from simulator.plan.tree import Plan, make_plan
 from simulator.service.ledger import Terms, hash_token
 
 MARK = {"name": "deeptracer", "margin": 2.0}

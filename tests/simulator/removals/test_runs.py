@@ -19,7 +19,8 @@ from simulator.experiment.removal import wash
 from simulator.experiment.rundir import RunDirectory
 from simulator.models import Classifier, build
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Plan, Removed, make_plan
+from simulator.plan.subjects import Removed
+from simulator.plan.tree import Plan, make_plan
 from simulator.records.rows import Row
 from simulator.removals.base import ThiefTask
 from simulator.removals.fine_tuning import FineTuning

@@ -15,7 +15,7 @@ from simulator.data.dataset import Dataset, Images
 from simulator.errors import InputError
 from simulator.models import Classifier, build
 from simulator.plan.config import read_config
-from simulator.plan.subjects import make_plan
+from simulator.plan.tree import make_plan
 from simulator.training.recipe import Recipe
 from simulator.watermarks.base import OwnerTask
 from simulator.watermarks.deeptracer import Coupling, DeepTracer

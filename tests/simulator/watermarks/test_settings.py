@@ -17,7 +17,8 @@ from simulator.experiment.preflight import prepare
 from simulator.experiment.world import World
 from simulator.models import Classifier
 from simulator.plan.config import RunConfig, check_config
-from simulator.plan.subjects import Marked, make_plan
+from simulator.plan.subjects import Marked
+from simulator.plan.tree import make_plan
 
 PAGE = Path(__file__).parents[3] / "docs" / "watermarks.md"
 
