@@ -13,7 +13,8 @@ from simulator.ownership.base import OWNERSHIP, OwnershipTest, Verdict
 from simulator.ownership.evidence import Evidence, load_evidence
 from simulator.ownership.key import KeySamples
 from simulator.seeding import generator_for
-from simulator.service.http import HttpClient, HttpOracle, model_info
+from simulator.service.http import HttpClient, model_info
+from simulator.service.http_oracle import HttpOracle
 from simulator.service.oracle import ModelOracle, Oracle
 
 #: seconds of trying again where nothing answers: a person waits
@@ -61,8 +62,8 @@ def verify_url(
     """The verdict on a suspect behind a URL, by its top-1 labels alone, and what to say of it.
 
     Args:
-        test, settings, max_queries, seed: as of :func:`verify_file`.
-        answer_field: for a foreign API (see :class:`~simulator.service.http.HttpOracle`); None for a door of ours.
+        test, settings, max_queries, seed: as of :func:`verify_file`. answer_field: for a foreign API (see
+        :class:`~simulator.service.http_oracle.HttpOracle`); None for a door of ours.
 
     Raises:
         InputError: a wrong setting or key; a suspect that does not answer, refuses, or takes other images.

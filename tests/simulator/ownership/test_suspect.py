@@ -21,7 +21,8 @@ from simulator.ownership import suspect
 from simulator.ownership.key import KeySamples, save_key
 from simulator.ownership.suspect import make_test, suspect_of, verify_url
 from simulator.seeding import generator_for
-from simulator.service.http import HttpClient, HttpOracle
+from simulator.service.http import HttpClient
+from simulator.service.http_oracle import HttpOracle
 from simulator.service.oracle import BudgetExhausted, Oracle
 from simulator.training.predict import predict_labels
 
